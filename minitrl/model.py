@@ -1,0 +1,295 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3 checkpoints, on packed tokens.
+
+    x = embed(tokens)
+    per layer:  x += o_proj(attend(rope(q), rope(k), v))      q, k, v = split(qkv_proj(rms_norm(x))), Qwen3 normalises q and k per head
+                x += down_proj(silu(gate) * up)               gate, up = split(gate_up_proj(rms_norm(x)))
+    hidden = rms_norm(x);  logits = hidden @ head^T           which only `logits` computes: training and sampling go through kernels/
+
+There is one forward pass. What differs between training, prefill and decoding is the function `attend` that it is given: attention over a
+pack, or the same with keys and values written to and read from a cache. The q, k, v and the gate, up matrices are stored as one matrix each,
+since a few large products are faster than many small ones; `hf_tensors` says which rows of ours are which tensor of a checkpoint.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .kernels.attention import attention
+from .packing import Pack, pack
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, read from a Hugging Face config.json by `from_hf`."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict  # transformers 5's `rope_parameters`: rope_type, rope_theta, and what the type needs
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    windows: tuple[int | None, ...]  # per layer, how many tokens back a query sees, itself counted; None = all
+    source: dict  # the config.json
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are RMS-normalised per head before RoPE."""
+        return self.model_type == "qwen3"
+
+    @classmethod
+    def from_hf(cls, source: dict) -> "ModelConfig":
+        """Read a config.json's dictionary, in transformers' old and new spelling. Raises ValueError for what this decoder does not compute."""
+        model_type = source.get("model_type")
+        if model_type not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"config.json: model_type {model_type!r} is not supported; minitrl has one decoder for {known}")
+        architectures = source.get("architectures") or [ARCHITECTURES[model_type]]
+        if architectures != [ARCHITECTURES[model_type]]:
+            raise ValueError(f"config.json: architectures {architectures} is not supported; expected {ARCHITECTURES[model_type]!r}")
+        required = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+        missing = [key for key in required if not isinstance(source.get(key), int)]
+        if missing:
+            raise ValueError(f"config.json: {', '.join(missing)} must be given as integers")
+        if source.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: hidden_act {source['hidden_act']!r} is not supported, only 'silu'")
+        heads, layers = source["num_attention_heads"], source["num_hidden_layers"]
+        kv_heads = source.get("num_key_value_heads") or {"llama": heads, "mistral": 8}.get(model_type, 32)
+        head_dim = source.get("head_dim") or (128 if model_type == "qwen3" else source["hidden_size"] // heads)
+        if heads % kv_heads:
+            raise ValueError(f"config.json: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+        bias = bool(source.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+        return cls(
+            model_type=model_type,
+            **{key: source[key] for key in required},
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(source.get("rms_norm_eps", 1e-6)),
+            rope=_rope_parameters(source),
+            tie_word_embeddings=bool(source.get("tie_word_embeddings", False)),
+            qkv_bias=bias or model_type == "qwen2",
+            o_bias=bias,
+            mlp_bias=bool(source.get("mlp_bias", False)) and model_type == "llama",
+            windows=_windows(source, model_type, layers),
+            source=source,
+        )
+
+    def to_hf(self) -> dict:
+        """The config.json it came from, without `auto_map`: a checkpoint that minitrl writes asks nobody to run code."""
+        return {key: value for key, value in self.source.items() if key != "auto_map"}
+
+
+def _rope_parameters(source: dict) -> dict:
+    """RoPE's parameters in transformers 5's spelling, `rope_type` and `rope_theta` always present."""
+    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    rope["rope_theta"] = float(rope.get("rope_theta") or source.get("rope_theta") or 10000.0)
+    if rope["rope_type"] not in ROPE_TYPES:
+        # dynamic and longrope change the angles with the sequence's length: keys in a cache would not be those of the full forward pass
+        raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor is not supported, all of a head is rotated")
+    if rope["rope_type"] in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", source["max_position_embeddings"])
+    return rope
+
+
+def _windows(source: dict, model_type: str, layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window, by the model's own rule (transformers: configuration_mistral.py, configuration_qwen2.py)."""
+    if model_type == "mistral":
+        return (source.get("sliding_window", 4096),) * layers
+    if model_type == "llama" or not source.get("use_sliding_window", False):
+        return (None,) * layers
+    window, first = source.get("sliding_window", 4096), source.get("max_window_layers", 28)
+    kinds = source.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """(E / 2,) float32 angles per position, and the factor on cos and sin (transformers: modeling_rope_utils.py)."""
+    rope, size = config.rope, config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return frequencies, 1.0
+    factor = rope.get("factor")
+    if kind == "linear":  # positions interpolated, arXiv 2306.15595
+        return frequencies / factor, 1.0
+    original = rope["original_max_position_embeddings"]
+    if kind == "llama3":  # long waves interpolated, short ones kept, a linear blend between
+        turns = original * frequencies / (2 * math.pi)  # how often a frequency turns within the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return torch.lerp(frequencies / factor, frequencies, blend), 1.0
+    # yarn, arXiv 2309.00071: the blend is linear in the dimension, between those that turn beta_fast and beta_slow times
+    factor = factor or config.max_position_embeddings / original
+
+    def dimension(turns: float) -> float:
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        attention_factor = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    return torch.lerp(frequencies, frequencies / factor, ramp), float(attention_factor)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias: every product with a weight matrix goes through here."""
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (arXiv 2104.09864), rotating halves as Llama checkpoints expect. x: (N, heads, E); cos, sin: (N, 1, E / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and gated MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width, size = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, size
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.qkv_proj = Linear(width, (self.heads + 2 * self.kv_heads) * size, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = Linear(self.heads * size, width, bias=config.o_bias)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.gate_up_proj = Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
+        qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, E)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        x = x + self.o_proj(attend(layer, q, k, v).flatten(1))
+        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+class Model(nn.Module):
+    """The decoder. Parameters are made uninitialised where `with torch.device("meta")` says so; `checkpoint.load` fills them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again in the backward pass
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.device("cpu"):
+            self.frequencies, self.rope_factor = rope_frequencies(config)  # not a buffer: exact in float32 whatever the model's dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), the embedding's own where the checkpoint ties them."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
+        """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)."""
+        x = self.embed_tokens(tokens_N)
+        angles = positions_N[:, None, None].float() * self.frequencies.to(positions_N.device)  # (N, 1, E / 2)
+        cos, sin = (angles.cos() * self.rope_factor).to(x.dtype), (angles.sin() * self.rope_factor).to(x.dtype)
+        for layer, block in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, layer, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, layer, attend)
+        return self.norm(x)
+
+    def forward(self, pack: Pack) -> Tensor:
+        """(T, D) hidden states of a pack; completions read their shared prompt."""
+
+        def attend(layer, q, k, v):
+            window = self.config.windows[layer]
+            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, window=window, lengths=pack.lengths, prefixes=pack.prefixes)
+
+        return self.hidden(pack.tokens_T, pack.positions_T, attend)
+
+    def logits(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Per id list its (length, V) float32 logits: for inspection and tests, not for training, which never holds them."""
+        packed = pack(sequences, device=self.embed_tokens.weight.device)
+        return list(linear(self.forward(packed), self.head_weight).float().split(packed.lengths))
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:
+    """Tensor name in a Hugging Face checkpoint -> (our parameter, its rows or None for all of them, the tensor's shape)."""
+    width, ffn, size = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    tensors = {
+        "model.embed_tokens.weight": ("embed_tokens.weight", None, (config.vocab_size, width)),
+        "model.norm.weight": ("norm.weight", None, (width,)),
+    }
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = ("lm_head.weight", None, (config.vocab_size, width))
+    projections = [  # theirs, ours, rows from, rows to, columns, bias
+        ("self_attn.q_proj", "qkv_proj", 0, q, width, config.qkv_bias),
+        ("self_attn.k_proj", "qkv_proj", q, q + kv, width, config.qkv_bias),
+        ("self_attn.v_proj", "qkv_proj", q + kv, q + 2 * kv, width, config.qkv_bias),
+        ("self_attn.o_proj", "o_proj", 0, width, q, config.o_bias),
+        ("mlp.gate_proj", "gate_up_proj", 0, ffn, width, config.mlp_bias),
+        ("mlp.up_proj", "gate_up_proj", ffn, 2 * ffn, width, config.mlp_bias),
+        ("mlp.down_proj", "down_proj", 0, width, ffn, config.mlp_bias),
+    ]
+    norms = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
+    head_norms = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"} if config.qk_norm else {}
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+        for name, parameter, start, end, columns, bias in projections:
+            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", slice(start, end), (end - start, columns))
+            if bias:
+                tensors[f"{theirs}{name}.bias"] = (f"{ours}{parameter}.bias", slice(start, end), (end - start,))
+        for name, parameter in (norms | head_norms).items():
+            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", None, (size if name in head_norms else width,))
+    return tensors
