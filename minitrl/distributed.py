@@ -1,0 +1,197 @@
+"""Processes: who am I, and the few collectives that training needs. One process needs no process group at all.
+
+`torchrun --nproc_per_node N -m minitrl.grpo` starts N of us and tells each its place through environment variables;
+`python -m minitrl.grpo` is the same with N = 1. gloo carries the tensors of CPUs, NCCL those of GPUs. No collective
+here pickles anything: what travels is tensors. A job's own process group is trusted.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
+_STORE = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: rank 0 .. size-1, and the device that its tensors live on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start(device: str = "auto", timeout_s: float = 1800) -> World:
+    """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.
+
+    Raises ValueError for half-set launcher variables, a missing GPU or a taken port; RuntimeError when the others do
+    not come within the time.
+    """
+    place = _place_from_environment()
+    rank, size, local_rank = place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"]
+    world = World(rank, size, _device(device, local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if size == 1:
+        return world
+    _share_cores(place["LOCAL_WORLD_SIZE"])
+    cuda = world.device.type == "cuda"
+    address = ":".join(os.environ[name] for name in _STORE)
+    with _named(f"while all processes meet at {address}", world):
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=world.device if cuda else None,
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']}: another program listens there already (another run on this "
+                "machine?); give torchrun --standalone, or another --master_port"
+            ) from None
+    return world
+
+
+def stop(world: World) -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_(tensors: list[Tensor], world: World) -> None:
+    """Add up each tensor over all processes, in place, by one flat all-reduce in fp32 (fp64 if any tensor is fp64).
+
+    Every process passes the same shapes in the same order. Token counts go in as fp64: exact up to 2^53.
+    """
+    assert all(tensor.is_floating_point() for tensor in tensors), "counts travel as float64"
+    if world.size == 1 or not tensors:
+        return
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    flat = torch.cat([tensor.detach().reshape(-1).to(torch.float64 if wide else torch.float32) for tensor in tensors])
+    with _named(f"summing {len(tensors)} tensors", world):
+        dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.detach().copy_(part.view(tensor.shape))
+
+
+def gather_ragged(tensor: Tensor, world: World) -> list[Tensor]:
+    """Every process's tensor, in the order of ranks, on every process; only the first dimension may differ in size.
+
+    Tensors travel as padded bytes, so any dtype goes through gloo and NCCL alike.
+    """
+    assert tensor.dim() >= 1, "a scalar has no first dimension"
+    if world.size == 1:
+        return [tensor]
+    row_bytes = tensor[:1].numel() * tensor.element_size() if len(tensor) else 0
+    mine = torch.tensor([len(tensor), row_bytes], device=world.device)
+    shapes = mine.new_empty(world.size, 2)
+    with _named("gathering sizes", world):
+        dist.all_gather(list(shapes.unbind()), mine)
+    lengths, widths = shapes.T.tolist()
+    width = max(widths)
+    assert all(w in (0, width) for w in widths), f"rows of unequal size or dtype: {widths} bytes"
+    if width == 0:
+        return [torch.empty_like(tensor) for _ in lengths]
+    padded = torch.zeros(max(lengths) * width, dtype=torch.uint8, device=world.device)
+    padded[: tensor.numel() * tensor.element_size()] = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    received = [torch.empty_like(padded) for _ in lengths]
+    with _named("gathering tensors", world):
+        dist.all_gather(received, padded)
+    return [
+        data[: n * width].view(tensor.dtype).view(n, *tensor.shape[1:]).to(tensor.device)
+        for data, n in zip(received, lengths)
+    ]
+
+
+def any_true(flag: bool, world: World) -> bool:
+    """Whether the flag is true on any process: all stop together, or none does."""
+    if world.size == 1:
+        return bool(flag)
+    vote = torch.tensor(int(flag), device=world.device)
+    with _named("agreeing on a flag", world):
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def barrier(world: World, what: str = "at a barrier") -> None:
+    """Wait until every process is here; `what` stands in the error if one does not come in time."""
+    if world.size > 1:
+        with _named(what, world):
+            # A sum instead of dist.barrier(): it waits on the device that we gave, and times out under our name.
+            dist.all_reduce(torch.zeros(1, device=world.device))
+            if world.device.type == "cuda":
+                torch.cuda.synchronize(world.device)
+
+
+def print0(world: World, *values) -> None:
+    """Print on rank 0 alone, at once."""
+    if world.rank == 0:
+        print(*values, flush=True)
+
+
+@contextmanager
+def _named(what: str, world: World):
+    """A collective fails when another process died or hangs: say where this one stood."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {world.rank} of {world.size}, {what}: another process is gone or too late ({error})"
+        ) from error
+
+
+def _place_from_environment() -> dict[str, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them, or those of a process on its own."""
+    if not any(name in os.environ for name in _PLACE):
+        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    missing = [name for name in _PLACE + _STORE if not os.environ.get(name)]
+    if missing:
+        given = ", ".join(name for name in _PLACE + _STORE if name not in missing)
+        raise ValueError(
+            f"environment: {given} set but not {', '.join(missing)}; start with torchrun, which sets all, or unset them"
+        )
+    place = {}
+    for name in _PLACE + ("LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name, os.environ["WORLD_SIZE"])  # without LOCAL_WORLD_SIZE: all on this machine
+        if not text.isdecimal():
+            raise ValueError(f"environment: {name}={text!r} is not a whole number; start with torchrun, which sets it")
+        place[name] = int(text)
+    if place["RANK"] >= place["WORLD_SIZE"]:
+        raise ValueError(f"environment: RANK={place['RANK']} but WORLD_SIZE={place['WORLD_SIZE']}; ranks count from 0")
+    return place
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """Turn --device into this process's own device: one GPU a process."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {name}: auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks among several GPUs)")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        remedy = f"start at most {gpus} processes a machine (--nproc_per_node)" if gpus else "use --device cpu"
+        raise ValueError(f"--device {name}: process {local_rank} of this machine finds {gpus} GPUs; {remedy}")
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(local_size: int) -> None:
+    """Give each of this machine's processes its share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 when it starts several processes and the user has not set it, which would leave
+    most cores idle; a 1 is therefore taken for torchrun's, any other value for the user's wish.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use; elsewhere: all
+        cores = len(affinity(0)) if affinity else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_size))
