@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
+from .kernels.token_logprob import token_logprob
 from .packing import Pack, pack
 
 ARCHITECTURES = {
@@ -256,6 +257,13 @@ class Model(nn.Module):
             return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, window=window, lengths=pack.lengths, prefixes=pack.prefixes)
 
         return self.hidden(pack.tokens_T, pack.positions_T, attend)
+
+    def logprobs(self, pack: Pack, scored_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy, float32 (T,), of the tokens where `scored_T` (bool) is set; 0 elsewhere. Only those are projected to the vocabulary."""
+        scored = scored_T.nonzero()[:, 0]
+        hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
+        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], temperature=temperature)
+        return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests, not for training, which never holds them."""
