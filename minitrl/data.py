@@ -1,0 +1,148 @@
+"""Data sets are JSONL: one JSON object a line, checked as it is read, so that a bad line is named before any compute.
+
+    {"prompt": "2 + 3 =", "answer": "5"}                                              text
+    {"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}        conversation
+
+Every other key is a column, which the reward functions receive. The order of training is a pure function of
+(seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one with another number
+of ranks, reads the same rows in the same order.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+ROLES = ("system", "user", "assistant")
+# A column of such a name would collide with what a reward function gets anyway (see rewards.score).
+RESERVED = ("prompts", "completions", "completion_ids", "step", "first_index")
+
+PARQUET = """{path}: parquet is not read. Convert it to JSONL with the `datasets` package:
+    python -c "import datasets; datasets.Dataset.from_parquet('{path}').to_json('data.jsonl')\""""
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file; blank lines are skipped, a byte-order mark and CRLF line ends are fine.
+
+    Raises ValueError naming the file, and the line where there is one: no such file, parquet, no rows, bytes that are
+    not UTF-8, bad JSON, something other than an object, a key given twice, NaN or infinity, half of a surrogate pair.
+    """
+    return [row for _, row in _numbered_rows(Path(path))]
+
+
+def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> tuple[list[dict[str, Any]], int]:
+    """Rows {"prompt", "prompt_ids", "columns"} for reinforcement learning, and how many prompts were too long.
+
+    A prompt is text or a list of messages, and stays as it was; `prompt_ids` are its token ids, the very ids that are
+    sampled from and trained on. Nothing is cut: a prompt of more than max_prompt_length tokens is left out and counted,
+    and the caller prints the count (TRL 0.16.0 keeps the last max_prompt_length tokens, for training alone). All rows
+    get the same columns: where a row lacks one that another row has, it holds None, and a reward may answer None.
+    """
+    rows, dropped = [], 0
+    for line, row in _numbered_rows(Path(path)):
+        columns = dict(row)
+        try:
+            prompt = _checked_prompt(columns)
+            ids = tokenizer.prompt_ids(prompt)
+            if not ids:
+                raise ValueError("the prompt has no tokens; the first token needs something to be predicted from")
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+        if max_prompt_length is not None and len(ids) > max_prompt_length:
+            dropped += 1
+        else:
+            rows.append({"prompt": prompt, "prompt_ids": ids, "columns": columns})
+    if not rows:
+        limit = f"--max-prompt-length {max_prompt_length}"
+        raise ValueError(f"{path}: all {dropped} prompts are longer than {limit}; raise it")
+    names = dict.fromkeys(name for row in rows for name in row["columns"])
+    for row in rows:
+        row["columns"] = {name: row["columns"].get(name) for name in names}
+    return rows, dropped
+
+
+def order(n: int, start: int, count: int, seed: int) -> list[int]:
+    """Row numbers at places start .. start+count of an endless sequence: every epoch is a fresh permutation of n rows.
+
+    Epoch e is shuffled by (seed, e) alone. Nothing is dropped at the end of an epoch: the next one follows at once.
+    """
+    if n < 1 or start < 0 or count < 0 or seed < 0:
+        raise ValueError(f"order needs n >= 1, the rest >= 0, not n={n}, start={start}, count={count}, seed={seed}")
+    rows = []
+    for epoch in range(start // n, -(-(start + count) // n)):
+        permutation = numpy.random.default_rng((seed, epoch)).permutation(n)
+        rows += permutation[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
+    return rows
+
+
+def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every line that is not blank. Lines end at \\n only: U+2028 may stand in a JSON string."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a data set is a JSONL file with one object a line")
+    empty = True
+    with open(path, "rb") as file:
+        if path.suffix == ".parquet" or file.read(4) == b"PAR1":
+            raise ValueError(PARQUET.format(path=path))
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                empty = False
+                try:
+                    yield number, _parse(line)
+                except (ValueError, RecursionError) as error:  # RecursionError: a line nested thousands deep
+                    raise ValueError(f"{path}:{number}: {error}") from error
+    if empty:
+        raise ValueError(f"{path}: no rows; the file is empty")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """One row. Python's json accepts more than JSON, and what it lets through fails far from here: refuse it now."""
+    try:
+        row = json.loads(line.rstrip().decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:  # its own text says "line 1", which is the line within this line
+        raise ValueError(f"bad JSON at character {error.pos + 1}: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"one JSON object a line is needed, not {type(row).__name__}: {str(row)[:60]}")
+    # 1e999 reads as infinity, and "\ud800" as half of a pair that no tokenizer encodes: both fail on the way back.
+    json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a key stands twice: {next(key for key in keys if keys.count(key) > 1)!r}")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; leave the key out or write null")
+
+
+def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
+    """Takes the prompt out of a row's columns; ValueError if it, or a column's name, is not what rewards expect."""
+    if "prompt" not in columns:
+        raise ValueError(f'no "prompt"; this row has {", ".join(columns) or "no keys"}')
+    for name in columns:
+        if name in RESERVED:
+            raise ValueError(f"a column may not be called {name!r}: rewards get something else by that name")
+    prompt = columns.pop("prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(f"prompt must be text or a list of messages, not {str(prompt)[:60]!r}")
+    for message in prompt:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ValueError(f'a message is {{"role": ..., "content": ...}} alone (no tools), not {message!r}')
+        if message["role"] not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, not {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"content must be text (no images), not {str(message['content'])[:60]!r}")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's, but the completion is to be a new one")
+    return prompt
