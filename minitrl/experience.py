@@ -4,7 +4,7 @@ Every rank generates and scores its own share of the prompts; then all ranks hol
 division into micro-batches are the same computation everywhere, and no result depends on how many ranks there are.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -31,7 +31,6 @@ class Rollouts:
     rewards_PGF: Tensor  # float32, each reward function's; NaN where it does not apply
     rewards_PG: Tensor  # float32, their weighted sum; NaN where none applies
     advantages_PG: Tensor  # float32
-    rows_P: Tensor  # int64, the prompts' rows in the data set
 
     @cached_property
     def _prompt_ends(self) -> list[int]:
@@ -105,7 +104,7 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
 
 
 def generate_and_score(
-    engine, tokenizer, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None, rows_P=None
+    engine, tokenizer, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
@@ -150,8 +149,12 @@ def generate_and_score(
         rewards_PGF=whole(rewards_NF, torch.float32).view(P, G, -1),
         rewards_PG=whole(rewards_N, torch.float32).view(P, G),
         advantages_PG=torch.zeros(P, G),
-        rows_P=torch.as_tensor(rows_P if rows_P is not None else range(P)),
     )
+
+
+def with_advantages(rollouts: Rollouts, scale_rewards: str) -> Rollouts:
+    """The same rollouts with their advantages filled in; "batch" is over all of them."""
+    return replace(rollouts, advantages_PG=advantages(rollouts.rewards_PG, scale_rewards))
 
 
 def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollouts:

@@ -37,6 +37,11 @@ class Pack:
     lengths: tuple[int, ...]  # the host's copies of the last two, so that no kernel launch waits for the device
     prefixes: tuple[int, ...]
 
+    @property
+    def completion_T(self) -> Tensor:
+        """bool (T,): the tokens of segments that have a prompt in front of them."""
+        return self.prefixes_B[self.segments_T] >= 0
+
     def to(self, device) -> "Pack":
         """The same pack on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}
