@@ -37,8 +37,8 @@ class ChunkedTokenLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         dtype = stat_dtype(hidden)
         logprobs, entropy, lse = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
-        for rows in torch.arange(len(hidden), device="cpu").split(CHUNK):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
             z = (hidden[rows] @ weight.t()).to(dtype).div_(temperature)
             lse[rows] = z.logsumexp(-1)
             logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
