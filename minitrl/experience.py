@@ -82,18 +82,19 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group") -> Tensor:
     deviation and get 0. A group whose rewards are all equal gets exactly 0, where rounding would leave 1e-8 / 1e-4.
     """
     rewards = rewards_PG.double()
-    valid = ~rewards.isnan()
-    centred = torch.where(valid, rewards - rewards.nanmean(1, keepdim=True), 0)
+    centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(nan=0.0)
     if scale_rewards == "group":
-        count = valid.sum(1, keepdim=True)
-        deviation = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (deviations(rewards).nan_to_num(nan=0.0)[:, None] + 1e-4)
     elif scale_rewards == "batch":
-        values = rewards[valid]
-        deviation = values.std() if len(values) > 1 else rewards.new_zeros(())
-    else:
-        deviation = None
-    scaled = centred if deviation is None else centred / (deviation + 1e-4)
-    return torch.where(has_signal(rewards_PG)[:, None], scaled, 0).float()
+        centred = centred / (deviations(rewards.reshape(1, -1)).nan_to_num(nan=0.0) + 1e-4)
+    return torch.where(has_signal(rewards_PG)[:, None], centred, 0.0).float()
+
+
+def deviations(rewards_PG: Tensor) -> Tensor:
+    """(P,) float64 unbiased standard deviation of each group's rewards, NaN left out; NaN where fewer than two are there."""
+    rewards = rewards_PG.double()
+    squares = (rewards - rewards.nanmean(1, keepdim=True)).square()
+    return (squares.nansum(1) / ((~rewards.isnan()).sum(1) - 1).clamp(min=0)).sqrt()
 
 
 def has_signal(rewards_PG: Tensor) -> Tensor:
