@@ -114,11 +114,10 @@ def pack_lengths(lengths, capacity: int, strategy: str = "bfd"):
                 del by_space[space], spaces[at]
         else:
             space, bins[i], count = max(capacity, length), count, count + 1
-        rest = space - length
-        if rest > 0:
-            if rest not in by_space:
-                bisect.insort(spaces, rest)
-            by_space.setdefault(rest, []).append(bins[i])
+        rest = space - length  # a full bin stays open: it takes empty documents
+        if rest not in by_space:
+            bisect.insort(spaces, rest)
+        by_space.setdefault(rest, []).append(bins[i])
     return bins, count
 
 
