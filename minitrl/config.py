@@ -9,6 +9,7 @@ status 2.
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -89,6 +90,7 @@ class CommonOptions:
     log_completions: bool = False  # print a few prompts, completions and rewards with each progress line
     num_completions_to_print: int = 5  # rows of that table
     report_to: Literal["none", "tensorboard"] = "none"  # tensorboard: event files in --output_dir too
+    plot: str | None = None  # draw reward and held-out accuracy into this .png or .svg file at the end
     eval_steps: int | None = None  # steps between evaluations on --eval_dataset; none: before and after training only
     save_steps: int = 500  # steps between checkpoints; one is always written at the end
     save_total_limit: int | None = None  # checkpoints to keep, the newest; none: all
@@ -109,6 +111,10 @@ class CommonOptions:
         for name in ("eval_steps", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        drawable = self.plot is None or self.plot.endswith((".png", ".svg"))
+        require(drawable, "plot", self.plot, "the name of a .png or .svg file")
+        can_draw = self.plot is None or importlib.util.find_spec("matplotlib")
+        require(can_draw, "plot", self.plot, "left out until matplotlib is installed (pip install matplotlib)")
         warms_up = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
         require(warms_up, "warmup_steps", self.warmup_steps, "0 with --lr_scheduler_type constant, or choose "
                 "constant_with_warmup")  # transformers ignores the warm-up here without a word

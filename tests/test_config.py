@@ -135,6 +135,12 @@ def test_values_out_of_range(capsys, argv):
     assert f"{name} " in line and "must be" in line and value in line
 
 
+def test_plot_needs_a_picture_and_matplotlib(capsys, monkeypatch):
+    assert "--plot curve.jpg: must be the name of a .png or .svg file" in error(capsys, "--plot curve.jpg")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install matplotlib" in error(capsys, "--plot curve.png")
+
+
 def test_warm_up_that_constant_would_ignore(capsys):
     assert "constant_with_warmup" in error(capsys, "--lr_scheduler_type constant --warmup_steps 5")
 

@@ -1,0 +1,453 @@
+"""A run around its training: the output folder and its files, what the console shows, Ctrl-C, seconds and memory.
+
+    output_dir/config.json         every option, resolved; --config takes it back
+    output_dir/metrics.jsonl       one object a step, full precision
+    output_dir/completions.jsonl   one object a completion
+    output_dir/checkpoints, final  checkpoint.py's
+
+A script appends a step's rows before it saves that step's checkpoint. Killed in between, the run resumes from the
+checkpoint before, and the rows that came after that one are cut off and written again.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import unicodedata
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .distributed import barrier, print0
+
+# What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
+# schedule from there on, and is meant to: one asks for more.)
+MAY_CHANGE = (
+    "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions num_completions_to_print "
+    "report_to plot eval_steps save_steps save_total_limit"
+).split()
+
+
+class RunFolder:
+    """One run's output folder, held by a lock so that no second run writes into it; a context manager.
+
+    Raises ValueError when the folder holds another run (and `resume` is off), none (and it is on), or is in use, and
+    OSError, with the file and the remedy, when it cannot be written. Only rank 0 makes one.
+    """
+
+    def __init__(self, output_dir: str, resume: bool):
+        self.path = Path(output_dir)
+        self._files, self._board = {}, None
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # never removed: the lock is on the open file, not on its name
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.close()
+                raise ValueError(f"--output_dir {output_dir}: another run is writing there; choose another") from None
+        try:
+            self._check(resume)
+        except ValueError:
+            self.close()
+            raise
+
+    def _check(self, resume: bool) -> None:
+        metrics = self.path / "metrics.jsonl"
+        began = (metrics.exists() and metrics.stat().st_size > 0) or any(
+            (self.path / name).exists() for name in ("checkpoints", "final")
+        )
+        if began and not resume:
+            raise ValueError(
+                f"--output_dir {self.path}: holds a run already; continue it with --resume, choose another folder, or "
+                "remove this one"
+            )
+        if resume and not (self.path / "config.json").exists():
+            raise ValueError(f"--resume: {self.path} holds no run (no config.json); leave --resume out to start one")
+
+    def saved_config(self) -> dict:
+        """The options that the run in this folder was started or last resumed with."""
+        path = self.path / "config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def begin(self, config: dict, step: int | None, report_to: str = "none") -> None:
+        """Write config.json and open the row files, cut to the rows of at most `step`; to none where it is None."""
+        with _writing(self.path / "config.json"):
+            _publish(self.path / "config.json", [json.dumps(config, indent=2, ensure_ascii=False) + "\n"])
+        for name in ("metrics", "completions"):
+            path = self.path / f"{name}.jsonl"
+            with _writing(path):
+                if path.exists():
+                    _publish(path, [] if step is None else _rows_until(path, step))
+                self._files[name] = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        if report_to == "tensorboard":
+            self._board = _tensorboard(self.path, 0 if step is None else step + 1)
+
+    def append_metrics(self, row: dict) -> None:
+        """One step's metrics; `row["step"]` counts finished optimizer steps. NaN and infinity become null."""
+        self._append("metrics", [row])
+        if self._board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+
+    def append_completions(self, rows: list[dict]) -> None:
+        """Completions, each with its `step`."""
+        self._append("completions", rows)
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        assert all(isinstance(row["step"], int) for row in rows)
+        # JSON has no NaN. A lone surrogate, which UTF-8 has not, is written as the escape that JSON has for it.
+        text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        with _writing(self.path / f"{name}.jsonl"):
+            self._files[name].write(text)
+            self._files[name].flush()
+
+    def close(self) -> None:
+        """Close the files and let the lock go."""
+        for file in self._files.values():
+            with suppress(OSError):  # each row was flushed: what fails here has failed there, and was told
+                file.close()
+        if self._board:
+            self._board.close()
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def check_resume(old: dict, new: dict, may_change=MAY_CHANGE) -> None:
+    """Raise ValueError naming each option that differs between the run and its continuation, and must not."""
+    old, new = (json.loads(json.dumps(config)) for config in (old, new))  # tuples as the file has them
+    absent = object()
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name, absent), new.get(name, absent)
+        if before != after and name not in may_change:
+            before, after = ("absent" if value is absent else json.dumps(value) for value in (before, after))
+            changed.append(f"{name} was {before}, is {after}")
+    if changed:
+        raise ValueError(
+            f"--resume: changed since the run began: {'; '.join(changed)}. Give the old values, or start a new run in "
+            "another --output_dir"
+        )
+
+
+def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/accuracy")) -> None:
+    """Draw metrics of a run over its steps into a .png or .svg file."""
+    from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
+    rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 20 else None)
+    axes.set_xlabel("step")
+    axes.legend()
+    with _writing(Path(image)):
+        figure.savefig(image)
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+    """The lines of the rows of at most `step`. The last line may be torn by a kill; any other must be whole."""
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")  # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or torn
+        try:
+            row_step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a row of this run; mend or remove the file") from None
+        if row_step <= step:
+            kept.append(line + "\n")
+    return kept
+
+
+def _publish(path: Path, parts: list[str]) -> None:
+    """Replace a file in one go: there is the old one or the new one, never half of either."""
+    fresh = path.with_name(path.name + ".new")
+    with open(fresh, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+@contextmanager
+def _writing(path: Path):
+    """Turn the system's error into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {path}: {error.strerror}; mend that, or choose another place (--output_dir); a run that has a "
+            "checkpoint continues with --resume",
+        ) from error
+
+
+def _finite(value):
+    """The value as JSON can have it: numbers that are not finite become None, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(path: Path, purge_step: int):
+    """A TensorBoard writer that hides what a resumed run will write again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--report_to tensorboard: not installed; pip install tensorboard") from None
+    return SummaryWriter(str(path), purge_step=purge_step)
+
+
+class Progress:
+    """The progress line: every `every` steps, and after the last, the means since the line before.
+
+    `pace` starts when this object is made, so a resumed run's estimate speaks of what is left to it.
+    """
+
+    def __init__(self, total_steps: int, every: int, step: int = 0):
+        self.total_steps, self.every, self.step = total_steps, every, step
+        self._began_step, self._began, self._rows = step, time.monotonic(), []
+
+    def line(self, row: dict) -> str | None:
+        """Take one step's metrics; returns the line when one is due."""
+        self.step = row["step"]
+        self._rows.append(row)
+        if self.step % self.every and self.step < self.total_steps:
+            return None
+        seconds = time.monotonic() - self._began
+        left = seconds / max(1, self.step - self._began_step) * (self.total_steps - self.step)
+        parts = [f"step {self.step}/{self.total_steps}"]
+        for name, label, form in (("reward", "reward", ".3f"), ("loss", "loss", ".4f"), ("kl", "kl", ".4f")):
+            if (mean := self._mean(name)) is not None:
+                parts.append(f"{label} {mean:{form}}")
+        if row.get("learning_rate") is not None:
+            parts.append(f"lr {row['learning_rate']:.2e}")
+        if (rate := self._mean("tokens_per_second")) is not None:
+            parts.append(f"{rate:,.0f} tokens/s")
+        parts += [f"{_clock(seconds)} gone", f"{_clock(left)} left"]
+        self._rows = []
+        return "  ".join(parts)
+
+    def _mean(self, name: str) -> float | None:
+        values = [row[name] for row in self._rows if row.get(name) is not None and math.isfinite(row[name])]
+        return sum(values) / len(values) if values else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def table(prompts: list[str], completions: list[str], rewards: list[float], width: int | None = None) -> str:
+    """Prompts, completions and rewards as plain text, one row each, no wider than the terminal.
+
+    A prompt keeps its end, where the question is; a completion its beginning. Control characters, which could clear or
+    repaint the terminal, are shown as escapes.
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    first = max(8, (width - 12) // 2)
+    second = max(8, width - 12 - first)
+    lines = [f"{'reward':>8}  {'prompt':<{first}}  completion"]
+    for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
+        left = _fit(_escape(prompt)[::-1], first)[::-1]
+        lines.append(f"{reward:8.3f}  {left}{' ' * (first - _columns(left))}  {_fit(_escape(completion), second)}")
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Newlines, escape sequences, direction marks and the like as \\n, \\x1b, \\u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _columns(text: str) -> int:
+    """Columns on the terminal: Chinese characters and emoji take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fit(text: str, width: int) -> str:
+    """As much of the text's beginning as fits into `width` columns, with … where it was cut."""
+    if _columns(text) <= width:
+        return text
+    end = 0
+    while _columns(text[: end + 1]) < width:
+        end += 1
+    return text[:end] + "…"
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a wish that the script grants between two steps.
+
+        with Interrupt() as interrupt:
+            for step in ...:
+                ...
+                if any_true(interrupt.wanted, world): save; raise SystemExit(interrupt.exit_code)
+
+    A second Ctrl-C kills at once. torchrun passes the signal on to its processes, and kills them 30 seconds later
+    (TORCH_ELASTIC_SHUTDOWN_TIMEOUT, in seconds, gives a longer step more).
+    """
+
+    def __init__(self):
+        self.signal = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal has come to this process."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM, as shells count; SIGTERM's where the signal came to another process."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.wanted and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = self.signal or number
+        # Not print(): the signal may have come in the middle of one.
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; Ctrl-C to stop now\n".encode())
+
+
+class Seconds:
+    """Seconds per phase of a step: `with seconds("generate"): ...`, then `seconds.take()`."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.phases = device, {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # kernels run on after the call that started them
+            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """The phases since the last take, and start over."""
+        phases, self.phases = self.phases, {}
+        return phases
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory where there is one, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Run:
+    """A script's run: its folder, console, clock and checkpoints, of which rank 0 writes and all ranks read.
+
+    run = Run(config, world, total_steps); loaded = run.load(); per step run.timed(phase), run.log_step(...), run.save(...).
+    """
+
+    def __init__(self, config, world, total_steps: int):
+        self.config, self.world, self.total_steps = config, world, total_steps
+        self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
+        self.timed = Seconds(world.device)
+        self.num_tokens, self.saved_step, self._warned = 0, None, set()
+        barrier(world, "while rank 0 opens --output_dir")
+
+    def load(self) -> tuple[int, dict, dict] | None:
+        """Open the files; (step, tensors, state) of the newest whole checkpoint with --resume, or None where there is none."""
+        loaded, step = None, None
+        if self.config.resume:
+            if self.folder:
+                check_resume(self.folder.saved_config(), dataclasses.asdict(self.config))
+            if loaded := checkpoint.load_state(self.config.output_dir):
+                step, tensors, state, notes = loaded
+                self.num_tokens, self.saved_step, loaded = state["num_tokens"], step, (step, tensors, state)
+                for note in notes:
+                    print0(self.world, f"--resume: {note}")
+            print0(self.world, f"--resume: going on after step {step}" if loaded else "--resume: no checkpoint yet, starting over")
+        if self.folder:
+            self.folder.begin(dataclasses.asdict(self.config), step, self.config.report_to)
+        self.progress = Progress(self.total_steps, self.config.logging_steps, step or 0)
+        barrier(self.world, "while rank 0 opens its files")
+        return loaded
+
+    def log_step(self, step: int, metrics: dict, rows: list[dict] = (), tokens: int = 0) -> None:
+        """One step's metrics, and the completions it was trained on, if they are new; `tokens` were sampled or read in it."""
+        seconds = self.timed.take()
+        self.num_tokens += tokens
+        metrics = {"step": step} | metrics | {f"time/{phase}": value for phase, value in seconds.items()}
+        if step_time := sum(seconds.values()):
+            metrics |= {"step_time": step_time, "tokens_per_second": tokens / step_time}
+        metrics |= {"num_tokens": self.num_tokens, "memory/peak_gib": peak_memory(self.world.device) / 2**30}
+        if not self.folder:
+            return
+        self.folder.append_completions([{"step": step} | row for row in rows])
+        self.folder.append_metrics(metrics)
+        line = self.progress.line(metrics) if step else None
+        if line:
+            print(line, flush=True)
+            if rows and self.config.log_completions:
+                shown = rows[: self.config.num_completions_to_print]
+                print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
+        if "eval/accuracy" in metrics:
+            print(f"step {step}/{self.total_steps}  held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics['eval/reward']:.3f}", flush=True)
+
+    def save(self, step: int, tensors: dict, state: dict) -> None:
+        """Write the checkpoint of `step`, unless it is there already."""
+        if step == self.saved_step:
+            return
+        self.saved_step = step
+        if self.folder:
+            state = state | {"num_tokens": self.num_tokens}
+            checkpoint.save_state(self.config.output_dir, step, tensors, state, self.config.save_total_limit)
+        barrier(self.world, "while rank 0 writes a checkpoint")
+
+    def dump(self, name: str, value) -> Path:
+        """Write a JSON file for a post-mortem, on whichever rank found the trouble."""
+        path = Path(self.config.output_dir) / name
+        _publish(path, [json.dumps(value)])
+        return path
+
+    def warn_once(self, name: str, text: str) -> None:
+        """Print a warning the first time that it has cause."""
+        if name not in self._warned:
+            self._warned.add(name)
+            print0(self.world, f"warning: {text}")
+
+
+def command(main) -> None:
+    """Run a script's `main` and exit with its status. What the user can mend is said in one line, without a traceback."""
+    try:
+        sys.exit(main())
+    except (ValueError, ArithmeticError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
