@@ -53,6 +53,11 @@ class Rollouts:
         """The ids of completion g of prompt p."""
         return self.tokens_R[self.span(p, g)].tolist()
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens, once per group, and completion tokens."""
+        return len(self.prompt_tokens) + len(self.tokens_R)
+
     def pack(self, micro_batch, device="cpu") -> tuple[Pack, Tensor]:
         """A micro-batch [(p, [g, ...]), ...] as a Pack, and for its completion tokens in pack order their indices in R (int64)."""
         prompts = [self.prompt(p) for p, _ in micro_batch]
@@ -105,7 +110,7 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
 
 
 def generate_and_score(
-    engine, tokenizer, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None
+    engine, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
