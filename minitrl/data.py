@@ -77,6 +77,11 @@ def order(n: int, start: int, count: int, seed: int) -> list[int]:
     return rows
 
 
+def seed_of(seed: int, place: int) -> int:
+    """The seed of the completions of the prompt at `place` of the endless sequence; below 2^63."""
+    return int(numpy.random.SeedSequence((seed, place)).generate_state(1, numpy.uint64)[0] >> 1)
+
+
 def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of every line that is not blank. Lines end at \\n only: U+2028 may stand in a JSON string."""
     if not path.is_file():

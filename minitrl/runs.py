@@ -379,7 +379,7 @@ class Run:
         self.config, self.world, self.total_steps = config, world, total_steps
         self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
         self.timed = Seconds(world.device)
-        self.num_tokens, self.saved_step, self._warned = 0, None, set()
+        self.num_tokens, self.saved_step, self._rows, self._warned = 0, None, [], set()
         barrier(world, "while rank 0 opens --output_dir")
 
     def load(self) -> tuple[int, dict, dict] | None:
@@ -401,9 +401,10 @@ class Run:
         return loaded
 
     def log_step(self, step: int, metrics: dict, rows: list[dict] = (), tokens: int = 0) -> None:
-        """One step's metrics, and the completions it was trained on, if they are new; `tokens` were sampled or read in it."""
+        """One step's metrics, the completions that it was trained on where they are new, and the tokens of all it was trained on."""
         seconds = self.timed.take()
-        self.num_tokens += tokens
+        self.num_tokens += tokens if rows else 0
+        self._rows = rows or self._rows
         metrics = {"step": step} | metrics | {f"time/{phase}": value for phase, value in seconds.items()}
         if step_time := sum(seconds.values()):
             metrics |= {"step_time": step_time, "tokens_per_second": tokens / step_time}
@@ -415,8 +416,8 @@ class Run:
         line = self.progress.line(metrics) if step else None
         if line:
             print(line, flush=True)
-            if rows and self.config.log_completions:
-                shown = rows[: self.config.num_completions_to_print]
+            if self.config.log_completions:
+                shown = self._rows[: self.config.num_completions_to_print]
                 print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
         if "eval/accuracy" in metrics:
             print(f"step {step}/{self.total_steps}  held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics['eval/reward']:.3f}", flush=True)

@@ -188,3 +188,10 @@ def schedule(name: str, step: int, warmup_steps: int, total_steps: int) -> float
     if name == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     raise ValueError(f"--lr_scheduler_type {name}: linear, cosine, constant or constant_with_warmup")
+
+
+def total_steps(config, rows: int, rows_per_generation: int, steps_per_generation: int = 1) -> int:
+    """Optimizer steps of a run: --max_steps, or what --num_train_epochs passes over `rows` rows take."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * rows / rows_per_generation)) * steps_per_generation

@@ -1,0 +1,439 @@
+"""GRPO: group relative policy optimisation (arXiv 2402.03300), from prompts to a better policy in one file.
+
+    1  take the next `prompts_per_step` prompts
+    2  sample G completions of each from the policy                                        experience.generate_and_score
+    3  reward every completion
+    4  advantage = (reward - its group's mean) / its group's standard deviation            experience.advantages
+    5  divide the groups into micro-batches by a budget of tokens, each prompt standing once       packing.plan_micro_batches
+    6  loss = -sum over tokens of min(r A, clip(r) A) / tokens, r = policy / policy that sampled   losses.grpo_loss
+    7  sum the gradients over micro-batches and ranks, clip them, take an AdamW step; steps 5 to 7 `num_iterations` times
+
+The loss and its gradient are those of the whole step exactly, however it is divided: sums out, one division by counts over the whole step.
+Without --model and --dataset a tiny model learns a tiny task within minutes on a CPU:
+
+    torchrun -m minitrl.grpo
+    torchrun --nproc_per_node 8 -m minitrl.grpo --model Qwen/Qwen3-0.6B --dataset math.jsonl --reward rewards.py:correct
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint, data, distributed, experience, losses, packing, rewards, runs, toy, training
+from .config import CommonOptions, parse, require
+from .experience import Rollouts
+from .rollout import Engine
+
+
+# Options of the loss that go to losses.grpo_loss as they are.
+LOSS_OPTIONS = (
+    "loss_type importance_sampling_level epsilon epsilon_high delta beta use_bias_correction_kl entropy_coef max_completion_length"
+).split()
+
+
+@dataclass
+class Config(CommonOptions):
+    """Train a language model with GRPO. Names and defaults are those of TRL 1.16 where it has the option."""
+
+    reward: tuple[str, ...] = ()  # reward functions, built-in names or file.py:function; several are added up
+    reward_weights: tuple[float, ...] = ()  # one weight for each reward; none: 1 each
+    reward_timeout: float = 60.0  # seconds that one reward function may take for a step's completions
+    eval_reward: tuple[str, ...] = ()  # rewards of the evaluation; none: those of training
+    prompts_per_step: int = 8  # prompts in one generation, over all processes
+    num_generations: int = 8  # completions of each prompt: the group whose rewards are compared
+    num_iterations: int = 1  # optimizer steps on each generation (mu)
+    max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
+    max_completion_length: int = 512  # tokens
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    top_p: float = 1.0  # sample from the smallest set of tokens that has this probability; 1: off
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0: off
+    min_p: float = 0.0  # sample from tokens with at least this share of the likeliest one's probability; 0: off
+    repetition_penalty: float = 1.0  # divides the logits of tokens that stand in the prompt or completion already; 1: off
+    stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
+    rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # of the ratio; sequence is GSPO
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: float | None = None  # and above 1 + epsilon_high; none: epsilon (cispo clips above epsilon_high itself)
+    delta: float | None = None  # bound above the ratio where the advantage is negative; none: unbounded
+    beta: float = 0.0  # weight of the KL penalty; 0: no reference policy is held
+    use_bias_correction_kl: bool = True  # multiply the penalty by the importance ratio
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    top_entropy_quantile: float = 1.0  # share of the step's tokens to train on, those of the highest entropy
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
+    mask_truncated_completions: bool = False  # leave out of the loss what ran into max_completion_length
+    overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
+    dynamic_sampling: int = 0  # generations that may follow in a step to replace groups without signal (DAPO)
+    sync_ref_model: bool = False  # move the reference policy towards the policy now and then
+    ref_model_mixup_alpha: float = 0.6  # reference = alpha * policy + (1 - alpha) * reference
+    ref_model_sync_steps: int = 512  # optimizer steps between two such moves
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
+    config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PRESET)
+    world = distributed.start(config.device, config.timeout)
+    functions = rewards.load_rewards(config.reward)
+    eval_functions = rewards.load_rewards(config.eval_reward) if config.eval_reward else functions
+    policy, tokenizer, rows, eval_rows = load(config, functions, eval_functions, world)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    policy.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = training.Optimizer(
+        policy,
+        world,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )
+    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
+    total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
+    run = runs.Run(config, world, total)
+    step, cursor, rollouts, known = resume(run, reference, optimizer)
+
+    with runs.Interrupt() as interrupt:
+        if step == 0:
+            run.log_step(0, evaluate(engine, eval_rows, eval_functions, config, world, 0))
+        while step < total and not distributed.any_true(interrupt.wanted, world):
+            if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now
+                with run.timed("rollout"):
+                    rollouts, cursor = generate(engine, rows, cursor, functions, config, run, step)
+                known = {}
+            with run.timed("train"):
+                plan = micro_batches(rollouts, config, world)
+                if fresh and reference:
+                    known["reference"] = score(reference, rollouts, plan, config, world)[0]
+                metrics = backward(policy, rollouts, known, plan, config, run, step)
+                rate = config.learning_rate * training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
+                metrics |= {"grad_norm": update(optimizer, rate, run, step, rollouts, plan), "learning_rate": rate}
+            step += 1
+            if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
+                mix(reference, policy, config.ref_model_mixup_alpha)
+            if step == total or (config.eval_steps and step % config.eval_steps == 0):
+                with run.timed("evaluation"):
+                    metrics |= evaluate(engine, eval_rows, eval_functions, config, world, step)
+            metrics |= rollout_metrics(rollouts, functions)
+            run.log_step(step, metrics, completion_rows(rollouts, tokenizer, functions) if fresh else [], rollouts.num_tokens)
+            if step % config.save_steps == 0:
+                save(run, step, cursor, rollouts, known, reference, optimizer)
+        save(run, step, cursor, rollouts, known, reference, optimizer)
+    if step < total:
+        return interrupt.exit_code
+    if world.rank == 0:
+        checkpoint.save(policy, tokenizer, f"{config.output_dir}/final")
+        distributed.print0(world, f"done: {config.output_dir}/final is a Hugging Face folder")
+    distributed.stop(world)
+    return 0
+
+
+def load(config: Config, functions, eval_functions, world):
+    """(policy, tokenizer, rows to train on, rows to evaluate on), checked: from --model and --dataset, or the embedded default."""
+    if config.model is None:
+        policy, tokenizer = toy.build(config.seed, world.device)
+        rows, eval_rows = toy.datasets(config.seed)
+    else:
+        policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        rows, dropped = data.load_prompts(config.dataset, tokenizer, config.max_prompt_length)
+        if dropped:
+            distributed.print0(world, f"{config.dataset}: {dropped} prompts are above --max_prompt_length {config.max_prompt_length} and left out")
+        eval_rows = data.load_prompts(config.eval_dataset, tokenizer, config.max_prompt_length)[0] if config.eval_dataset else []
+    rewards.check_columns(functions, rows[0]["columns"])
+    if eval_rows:
+        rewards.check_columns(eval_functions, eval_rows[0]["columns"])
+    if config.top_p < 1 or config.top_k > 0 or config.min_p > 0 or config.repetition_penalty != 1:
+        distributed.print0(world, "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy is trained on its "
+                           "log-probs without them (temperature alone), so sampling/sampling_logp_difference includes what they change")
+    return policy, tokenizer, rows, eval_rows
+
+
+def generate(engine, rows, cursor: int, functions, config: Config, run, step: int) -> tuple[Rollouts, int]:
+    """Rollouts of the next prompts, with rewards and advantages, and the new cursor: how many prompts were drawn so far.
+
+    With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by those of further prompts,
+    a bounded number of times; what still lacks is filled up with them, so that every step has prompts_per_step groups.
+    """
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")}
+    weights = torch.tensor(config.reward_weights or (1.0,) * len(functions))
+    parts, live, flat = [], [], []
+    while len(live) < config.prompts_per_step and len(parts) <= config.dynamic_sampling:
+        places = range(cursor, cursor + config.prompts_per_step)
+        cursor = places.stop
+        chosen = data.order(len(rows), places.start, len(places), config.seed)
+        part = experience.generate_and_score(
+            engine,
+            [rows[i] for i in chosen],
+            [data.seed_of(config.seed, place) for place in places],
+            functions,
+            weights,
+            run.world,
+            num_generations=config.num_generations,
+            step=step,
+            timeout_s=config.reward_timeout,
+            sampling=sampling | {"max_tokens": config.max_completion_length},
+            overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
+        )
+        for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
+            (live if signal else flat).append((len(parts), p))
+        parts.append(part)
+    truncated = torch.cat([part.truncated_PG for part in parts]).double().mean().item()
+    if truncated > 0.5:
+        run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into --max_completion_length "
+                      f"{config.max_completion_length}; what they would have earned is unknown: raise it")
+    kept = sorted((live + flat)[: config.prompts_per_step])
+    return experience.with_advantages(experience.select_groups(parts, kept), config.scale_rewards), cursor
+
+
+def counted(rollouts: Rollouts, config: Config) -> Tensor:
+    """(P, G) bool: the completions in the loss and in what it is divided by."""
+    return ~rollouts.truncated_PG if config.mask_truncated_completions else torch.ones_like(rollouts.truncated_PG)
+
+
+def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
+    """Per rank its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
+
+    Where nothing but the advantage pulls at a completion and that is 0, its gradient is exactly 0: no pass is spent on it. (It still counts in
+    the normaliser. bnpo divides by each micro-batch's own tokens and the entropy quantile is one over all tokens: they keep everything.)
+    """
+    trained = counted(rollouts, config)
+    if not config.beta and not config.entropy_coef and config.loss_type != "bnpo" and config.top_entropy_quantile == 1:
+        trained = trained & (rollouts.advantages_PG != 0)
+    members = [row.nonzero()[:, 0].tolist() for row in trained]
+    lengths = [rollouts.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
+    plan = packing.plan_micro_batches(rollouts.prompt_lengths_P.tolist(), lengths, config.tokens_per_microbatch, world.size)
+    return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
+
+
+@torch.no_grad()
+def score(model, rollouts: Rollouts, plan, config: Config, world) -> tuple[Tensor, Tensor]:
+    """(logprobs_R, entropy_R) of the planned completions under `model`, the same on every rank; 0 for the others."""
+    logprobs_R, entropy_R = torch.zeros(len(rollouts.tokens_R)), torch.zeros(len(rollouts.tokens_R))
+    for batch in plan[world.rank]:
+        pack, index_C = rollouts.pack(batch, world.device)
+        logprobs_T, entropy_T = model.logprobs(pack, pack.completion_T, config.temperature)
+        logprobs_R[index_C], entropy_R[index_C] = logprobs_T[pack.completion_T].cpu(), entropy_T[pack.completion_T].cpu()
+    distributed.sum_([logprobs_R, entropy_R], world)
+    return logprobs_R, entropy_R
+
+
+def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict[str, float]:
+    """Leave this rank's share of the gradient of the step's loss in the policy; returns the metrics of the whole step.
+
+    known: log-probs (R,) that outlive an optimizer step: "reference", and where num_iterations > 1 "old", which the first iteration puts there:
+    on policy they are the log-probs of its own forward pass, and no extra pass is spent on them.
+    """
+    world, counted_PG = run.world, counted(rollouts, config)
+    counts = {"tokens": int(rollouts.lengths_PG[counted_PG].sum()), "sequences": int(counted_PG.sum()), "micro_batches": sum(map(len, plan))}
+    options = {name: getattr(config, name) for name in LOSS_OPTIONS}
+    if config.top_entropy_quantile < 1:  # of the whole step: one more pass, before the first backward
+        entropy_R = score(policy, rollouts, plan, config, world)[1][rollouts.per_token(counted_PG)]
+        options["entropy_threshold"] = float(np.quantile(entropy_R.numpy(), 1 - config.top_entropy_quantile)) if len(entropy_R) else None
+    on_policy = "old" not in known
+    per_token_R = {"advantages": rollouts.per_token(rollouts.advantages_PG), **known}
+    new_R = torch.zeros(len(rollouts.tokens_R))
+    sums, largest = Counter(), torch.zeros(1)
+    for batch in plan[world.rank]:
+        pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
+        mask_T = pack.completion_T
+        given_T = {
+            name: torch.zeros(len(mask_T), device=world.device).masked_scatter(mask_T, values_R[index_C].to(world.device))
+            for name, values_R in per_token_R.items()
+        }
+        logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        loss, shares = losses.grpo_loss(
+            logprobs_T,
+            logprobs_T.detach() if on_policy else given_T["old"],
+            given_T["advantages"],
+            mask_T,
+            ref_logprobs_T=given_T.get("reference"),
+            entropy_T=entropy_T,
+            segments_T=pack.segments_T,
+            **counts,
+            **options,
+        )
+        if not loss.isfinite():
+            stop_before_update(run, step, f"the loss is {loss.item()}", rollouts, [batch])
+        loss.backward()
+        new_R[index_C] = logprobs_T.detach()[mask_T].cpu()
+        if on_policy:
+            difference_C = new_R[index_C] - rollouts.sampler_logprobs_R[index_C]
+            largest = torch.maximum(largest, difference_C.abs().max())
+            sums["sampling/sampling_logp_difference/mean"] += difference_C.abs().sum().item()
+            sums["sampling/kl"] += (difference_C.expm1() - difference_C).sum().item()  # k3 estimate of KL(sampler, trainer)
+        sums["entropy"] += entropy_T.detach().sum().item()
+        sums["trained_tokens"] += len(index_C)
+        sums["loss"] += loss.item()
+        for name, share in shares.items():
+            sums[name] += share.item()
+    if on_policy and config.num_iterations > 1:
+        distributed.sum_([new_R], world)
+        known["old"] = new_R
+    return step_metrics(sums, largest, on_policy, config, world)
+
+
+def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
+    """The optimizer's step; returns the gradient's norm before clipping."""
+    try:
+        return optimizer.step(rate)
+    except training.NotFinite as error:
+        stop_before_update(run, step, str(error), rollouts, plan[run.world.rank])
+
+
+def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
+    """NaN or infinity: save the ids it came with and stop; the weights are still those of the step before."""
+    groups = [(rollouts.prompt(p), [rollouts.completion(p, g) for g in members]) for batch in batches for p, members in batch]
+    value = {"step": step + 1, "error": what, "groups": [{"prompt": prompt, "completions": answers} for prompt, answers in groups]}
+    path = run.dump(f"not_finite_step_{step + 1}_rank_{run.world.rank}.json", value)
+    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {path}; lower --learning_rate or --max_grad_norm")
+
+
+def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config, world) -> dict[str, float]:
+    """Over all ranks: shares of the loss add up; means are over the tokens that were trained on, and absent where there were none."""
+    shares = ["loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"] + ["kl"] * bool(config.beta)
+    means = ["entropy"] + ["sampling/sampling_logp_difference/mean", "sampling/kl"] * on_policy
+    totals = torch.tensor([sums[name] for name in ["trained_tokens", *shares, *means]], dtype=torch.float64, device=world.device)
+    distributed.sum_([totals], world)
+    tokens, *totals = totals.tolist()
+    metrics = {"trained_tokens": int(tokens)} | dict(zip(shares, totals))
+    if tokens:
+        metrics |= {name: total / tokens for name, total in zip(means, totals[len(shares) :])}
+        if on_policy:
+            metrics["sampling/sampling_logp_difference/max"] = torch.cat(distributed.gather_ragged(largest, world)).max().item()
+    return metrics
+
+
+def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
+    """What the completions were like, in TRL's names; rewards that apply to no sample are left out."""
+    lengths, truncated, rewards_PG = rollouts.lengths_PG.double(), rollouts.truncated_PG, rollouts.rewards_PG.double()
+    metrics = {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": truncated.double().mean(),
+        "frac_reward_zero_std": 1 - experience.has_signal(rollouts.rewards_PG).double().mean(),
+        "frac_reward_none": rewards_PG.isnan().double().mean(),
+    }
+    if not truncated.all():
+        metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
+    if not rewards_PG.isnan().all():
+        metrics["reward"] = rewards_PG.nanmean()
+        metrics["reward_std"] = experience.deviations(rewards_PG).nanmean()
+    for f, (name, _) in enumerate(functions):
+        values = rollouts.rewards_PGF[..., f].double()
+        values = values[~values.isnan()]
+        if len(values):
+            metrics[f"rewards/{name}/mean"] = values.mean()
+            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def completion_rows(rollouts: Rollouts, tokenizer, functions) -> list[dict]:
+    """What completions.jsonl says of each completion."""
+    rows = []
+    for p in range(rollouts.lengths_PG.shape[0]):
+        for g in range(rollouts.lengths_PG.shape[1]):
+            scores = [None if value != value else value for value in rollouts.rewards_PGF[p, g].tolist()]
+            rows.append({
+                "prompt": tokenizer.decode(rollouts.prompt(p), skip_special_tokens=False),
+                "completion": tokenizer.decode(rollouts.completion(p, g), skip_special_tokens=False),
+                "completion_ids": rollouts.completion(p, g),
+                "reward": None if (reward := rollouts.rewards_PG[p, g].item()) != reward else reward,
+                "rewards": dict(zip([name for name, _ in functions], scores)),
+                "advantage": rollouts.advantages_PG[p, g].item(),
+                "finish_reason": "length" if rollouts.truncated_PG[p, g] else "stop",
+            })
+    return rows
+
+
+def evaluate(engine, rows, functions, config: Config, world, step: int) -> dict[str, float]:
+    """Greedy completions of held-out prompts. eval/accuracy is the share whose first reward is at least 1."""
+    if not rows:
+        return {}
+    rollouts = experience.generate_and_score(
+        engine,
+        rows,
+        [0] * len(rows),
+        functions,
+        torch.ones(len(functions)),
+        world,
+        num_generations=1,
+        step=step,
+        timeout_s=config.reward_timeout,
+        sampling={"temperature": 0.0, "max_tokens": config.max_completion_length, "stop": config.stop},
+    )
+    names = ("reward", "completions/mean_length", "completions/clipped_ratio", *(f"rewards/{name}/mean" for name, _ in functions))
+    metrics = {f"eval/{name}": value for name, value in rollout_metrics(rollouts, functions).items() if name in names}
+    return metrics | {"eval/accuracy": (rollouts.rewards_PGF[:, 0, 0] >= 1).double().mean().item()}
+
+
+@torch.no_grad()
+def mix(reference, policy, alpha: float) -> None:
+    """reference = alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656; TRL: SyncRefModelCallback)."""
+    for ours, theirs in zip(reference.parameters(), policy.parameters()):
+        ours.lerp_(theirs, alpha)
+
+
+def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tensor], reference, optimizer) -> None:
+    """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, and rollouts that are not used up."""
+    tensors = {"optimizer": optimizer.state_tensors()}
+    if step % run.config.num_iterations:
+        tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
+        tensors["known"] = known
+    if run.config.sync_ref_model:
+        tensors["reference"] = dict(reference.named_parameters())
+    run.save(step, tensors, {"cursor": cursor})
+
+
+def resume(run, reference, optimizer) -> tuple[int, int, Rollouts | None, dict[str, Tensor]]:
+    """(steps done, cursor, rollouts in use, their known log-probs): zeros and nothing, or what the newest whole checkpoint says."""
+    loaded = run.load()
+    if loaded is None:
+        return 0, 0, None, {}
+    step, tensors, state = loaded
+    optimizer.load_state_tensors(tensors["optimizer"])
+    for name, parameter in (dict(reference.named_parameters()) if "reference" in tensors else {}).items():
+        parameter.data.copy_(tensors["reference"][name])
+    rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
+    return step, state["cursor"], rollouts, tensors.get("known", {})
+
+
+def check(config: Config) -> None:
+    """ValueError for a value, or a combination of values, that can't be run."""
+    for name in ("prompts_per_step", "num_iterations", "max_prompt_length", "max_completion_length", "rollout_batch_size", "ref_model_sync_steps"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(config.num_generations >= 2, "num_generations", config.num_generations, "at least 2, since completions of a group are compared")
+    require(config.temperature > 0, "temperature", config.temperature, "above 0, or the completions of a group are all the same")
+    require(config.reward_timeout > 0, "reward_timeout", config.reward_timeout, "above 0 seconds")
+    require(0 <= config.epsilon < 1, "epsilon", config.epsilon, "at least 0 and below 1")
+    require(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", config.epsilon_high, "at least 0")
+    require(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", config.epsilon_high, "given for cispo, say 5.0")
+    require(config.delta is None or config.delta > 1 + config.epsilon, "delta", config.delta, "above 1 + epsilon")
+    require(config.beta >= 0, "beta", config.beta, "at least 0")
+    require(0 < config.top_entropy_quantile <= 1, "top_entropy_quantile", config.top_entropy_quantile, "above 0 and at most 1")
+    require(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", config.ref_model_mixup_alpha, "from 0 to 1")
+    require(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", config.sync_ref_model, "off at --beta 0, where there is no reference")
+    require(config.dynamic_sampling >= 0, "dynamic_sampling", config.dynamic_sampling, "at least 0")
+    cache = config.overlong_cache
+    require(cache is None or 0 < cache <= config.max_completion_length, "overlong_cache", cache, "from 1 to --max_completion_length")
+    longest = config.max_prompt_length + config.max_completion_length
+    require(config.tokens_per_microbatch >= longest, "tokens_per_microbatch", config.tokens_per_microbatch,
+            f"at least {longest}, the longest sequence: --max_prompt_length + --max_completion_length")
+    weights = len(config.reward_weights)
+    require(weights in (0, len(config.reward)), "reward_weights", config.reward_weights, f"{len(config.reward)} numbers, one for each --reward")
+    for given, other in (("model", "dataset"), ("dataset", "model")):
+        missing = getattr(config, given) is not None and getattr(config, other) is None
+        require(not missing, given, getattr(config, given), f"given together with --{other}; without both the embedded default runs")
+    require(bool(config.reward), "reward", "", "the name of a built-in reward, or file.py:function")
+    require(not config.eval_steps or config.model is None or config.eval_dataset, "eval_steps", config.eval_steps, "given with --eval_dataset")
+
+
+if __name__ == "__main__":
+    runs.command(main)
