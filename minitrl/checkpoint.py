@@ -1,0 +1,358 @@
+"""Models in and out as Hugging Face folders, and a trainer's state for exact resume.
+
+    load / save               a model and its tokenizer <-> config.json, *.safetensors, tokenizer.json, ...
+    save_state / load_state   everything a run needs to go on to the bit <-> checkpoints/step_N/
+
+Nothing here unpickles or executes: weights and state are safetensors and JSON, and files of other kinds are refused by
+name. Whatever is written appears whole or not at all: it is written and flushed to disk beside its final place and then
+renamed, so a process killed at any moment leaves the older checkpoint untouched.
+
+Weights are mapped, not read: each tensor is copied from the page cache straight into its rows of our fused parameter
+and cast on the way, so loading needs the model's own memory and no second copy of it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .model import ARCHITECTURES, Model, ModelConfig, hf_tensors
+from .tokenizer import Tokenizer, read_json, write_json
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoints carry; it follows from config.json
+STATE_FORMAT, STATE_VERSION = "minitrl state", 1
+
+
+def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
+    """The model and tokenizer of a Hugging Face folder, or of a model on the Hub ("owner/name").
+
+    Everything is checked against config.json before memory is taken: ValueError names the file, and each tensor that
+    is missing, unknown, misshapen or of a type that is not plain floating point.
+    """
+    folder = _locate(source)
+    description = read_json(folder / "config.json")
+    config = ModelConfig.from_hf(description)
+    if "quantization_config" in description:
+        raise ValueError(f"{folder / 'config.json'}: quantized weights are not supported; dequantize the model first")
+    if "auto_map" in description:
+        warnings.warn(f"{folder / 'config.json'}: auto_map asks for Python code from the checkpoint; it is not run, "
+                      f"minitrl's own {config.model_type} decoder is used", stacklevel=2)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+                         f"but the model's vocab_size is {config.vocab_size}")
+    files = _weight_files(folder)
+    _check_tensors(files, config, folder)
+    with torch.device("meta"):
+        model = Model(config)
+    model.to(dtype).to_empty(device=device)
+    _fill(model, files)
+    return model, tokenizer
+
+
+def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None,
+         max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a Hugging Face folder that transformers, vLLM and `load` read; `dtype` None keeps the model's own.
+
+    A folder that is there already is replaced whole, so no stale shard is left in it; where it holds anything but such
+    files, ValueError. OSError names the folder if the disk fails, and an older folder of that name is still there.
+    """
+    folder = Path(os.path.realpath(folder))
+    foreign = [path.name for path in folder.iterdir() if not _is_model_file(path)] if folder.is_dir() else []
+    if foreign:
+        raise ValueError(f"{folder} holds other files ({', '.join(sorted(foreign)[:3])}); give a new folder")
+    dtype = dtype or model.embed_tokens.weight.dtype
+    config = model.config.to_hf()
+    config.pop("dtype", None)  # transformers 5's name; 4 and vLLM know the old one, and all read it
+    config |= {"architectures": [ARCHITECTURES[model.config.model_type]], "torch_dtype": str(dtype).split(".")[-1]}
+    if tokenizer.end_ids:
+        config.setdefault("eos_token_id", tokenizer.end_ids[0])
+    with _published(folder) as temporary:
+        write_json(temporary / "config.json", config)
+        tokenizer.save(temporary)
+        _save_weights(model, temporary, dtype, max_shard_bytes)
+
+
+def _locate(source) -> Path:
+    """The local folder of `source`; a Hub id is downloaded into huggingface_hub's cache."""
+    name = str(source)
+    if "\0" not in name and Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or ".." in name:
+        raise ValueError(f"--model {name!r}: no such folder, and not a Hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # 0.3 s that a local folder does not pay
+    try:
+        # "*" matches "/" here too: sub-folders (original/, onnx/) and Mistral's second copy of its weights stay away
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                                      ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # HTTP, TLS, file and validation errors of three libraries have no common base
+        raise ValueError(f"--model {name!r}: no such folder here, and the download from the Hub failed "
+                         f"({type(error).__name__}: {error}); give a local folder, or check the name, the network and "
+                         "HF_TOKEN") from error
+
+
+def _weight_files(folder: Path) -> dict[str, list[Path]]:
+    """{tensor name: the files that hold it} by the files' own headers; where there is an index, it must agree."""
+    if (folder / SINGLE_FILE).is_file():
+        index, paths = None, [folder / SINGLE_FILE]
+    elif (folder / INDEX_FILE).is_file():
+        index = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"{folder / INDEX_FILE}: no weight_map")
+        paths = [_shard(folder, name) for name in sorted(set(index.values()), key=str)]
+    else:
+        other = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
+        hint = f"; {sorted(other)[0]} is not read, convert it to safetensors" if other else ""
+        raise ValueError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
+    files: dict[str, list[Path]] = {}
+    for path in paths:
+        with _opened(path) as tensors:
+            for name in tensors.keys():
+                files.setdefault(name, []).append(path)
+    for name, shard in (index or {}).items():
+        if folder / shard not in files.get(name, []):
+            raise ValueError(f"{folder / INDEX_FILE}: tensor {name} is not in {shard}")
+    return files
+
+
+def _shard(folder: Path, name) -> Path:
+    """The path of a shard that index.json names: a plain file name, inside the folder wherever a link leads."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        raise ValueError(f"{folder / INDEX_FILE}: {name!r} is not the name of a safetensors file in this folder")
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but {INDEX_FILE} lists it")
+    home = folder.resolve()
+    # In huggingface_hub's cache, snapshots/<commit>/ holds links into blobs/ beside it
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if path.resolve().parent not in homes:
+        raise ValueError(f"{path}: a link that leads out of the folder")
+    return path
+
+
+@contextmanager
+def _opened(path: Path):
+    """A safetensors file, mapped; a broken one is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _check_tensors(files: dict[str, list[Path]], config: ModelConfig, folder: Path) -> None:
+    """Compare the checkpoint's tensors with the decoder's by name, shape and type; one ValueError lists the first few."""
+    expected = hf_tensors(config)
+    redundant = {name for name in files if REDUNDANT.fullmatch(name)}
+    if config.tie_word_embeddings:
+        redundant.add("lm_head.weight")  # the head is the embedding's matrix, and a copy is ignored, as transformers does
+    problems = [f"missing: {name}" for name in expected if name not in files]
+    problems += [f"unknown: {name}" for name in files if name not in expected and name not in redundant]
+    problems += [f"in more than one file: {name}" for name, paths in files.items() if len(paths) > 1]
+    for path in sorted({path for paths in files.values() for path in paths}):
+        with _opened(path) as tensors:
+            for name in tensors.keys():
+                if name not in expected:
+                    continue
+                header, shape = tensors.get_slice(name), expected[name][2]
+                if tuple(header.get_shape()) != shape:
+                    problems.append(f"shape {tuple(header.get_shape())}, expected {shape}: {name}")
+                if header.get_dtype() not in WEIGHT_DTYPES:
+                    problems.append(f"type {header.get_dtype()}, expected one of {', '.join(WEIGHT_DTYPES)}: {name}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+
+@torch.no_grad()
+def _fill(model: Model, files: dict[str, list[Path]]) -> None:
+    """Copy every tensor into its rows of our parameter, one file open at a time so that its pages can go again."""
+    places, parameters = hf_tensors(model.config), dict(model.named_parameters())
+    for path in sorted({path for paths in files.values() for path in paths}):
+        with _opened(path) as tensors:
+            for name in set(tensors.keys()) & set(places):
+                parameter, rows, _ = places[name]
+                parameters[parameter][rows or slice(None)].copy_(tensors.get_tensor(name))
+
+
+def _is_model_file(path: Path) -> bool:
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX_FILE)
+    return path.name in names or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name) is not None
+
+
+def _save_weights(model: Model, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """One safetensors file, or numbered shards and their index where it would pass `max_shard_bytes`."""
+    places, parameters = hf_tensors(model.config), dict(model.named_parameters())
+    shards, sizes = [[]], [0]
+    for name, (_, _, shape) in places.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    files = [SINGLE_FILE]
+    if len(shards) > 1:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {name: file for file, names in zip(files, shards) for name in names}
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": index})
+    for file, names in zip(files, shards):  # cast shard by shard: at most one is held beside the model
+        tensors = {}
+        for name in names:
+            parameter, rows, _ = places[name]
+            tensors[name] = parameters[parameter].detach()[rows or slice(None)].to("cpu", dtype).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+@contextmanager
+def _published(folder: Path):
+    """Yield a temporary folder beside `folder`, which takes its place by a rename once all of it is on the disk.
+
+    Whatever fails, the temporary folder is removed and OSError names `folder`, which still holds what it held before.
+    """
+    temporary, retired = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what an attempt that was killed left behind
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            os.chmod(path, temporary.stat().st_mode & 0o666)  # safetensors makes its files 0600, whatever the umask
+            _flush(path)
+        _flush(temporary)
+        if folder.exists():  # a folder cannot be renamed onto one that is not empty
+            shutil.rmtree(retired, ignore_errors=True)
+            os.rename(folder, retired)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if retired.exists():
+                os.rename(retired, folder)
+            raise
+        _flush(folder.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"cannot save {folder}: {error}; what was saved before is untouched") from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk: a rename must not overtake what it publishes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int | None = None) -> Path:
+    """Publish checkpoints/step_N: one safetensors file per entry of `tensors`, and state.json with their digests.
+
+    Args:
+        tensors: {file stem: {name: tensor of any dtype, on any device}}, e.g. {"model": ..., "optimizer": ...}.
+        state: JSON values; a key that is not text comes back as text.
+        keep: afterwards only this many of the newest checkpoints up to `step` remain; None keeps all.
+
+    Raises OSError naming the folder (disk full, read-only, ...); the older checkpoints are then untouched.
+    """
+    assert all(re.fullmatch(r"\w+", stem) for stem in tensors), f"not plain file names: {list(tensors)}"
+    root = Path(output_dir) / "checkpoints"
+    with _published(root / f"step_{step}") as temporary:
+        files = {}
+        for stem, named in tensors.items():
+            path = temporary / f"{stem}.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        body = {"format": STATE_FORMAT, "version": STATE_VERSION, "step": step, "files": files, "state": state}
+        body = json.loads(json.dumps(body))  # as it will be read, so that both sides digest the same text
+        write_json(temporary / "state.json", {"sha256": _digest_of(body), **body})
+    if keep is not None:
+        for old in [number for number in _steps(root) if number <= step][max(keep, 1):]:
+            # Renamed first: killed half-way through, the rest must not look like a checkpoint
+            doomed = root / f".step_{old}.tmp"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(root / f"step_{old}", doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return root / f"step_{step}"
+
+
+def load_state(output_dir) -> tuple[int, dict[str, dict[str, Tensor]], dict, list[str]] | None:
+    """(step, tensors, state, notes) of the newest whole checkpoint, or None where there is no checkpoint at all.
+
+    Every file's size and digest is verified. `notes` has a line for each newer checkpoint that was passed over, with
+    the reason, and for files that do not belong to the one chosen. Checkpoints that are all broken are a ValueError:
+    a run must not start over in silence.
+    """
+    root, notes = Path(output_dir) / "checkpoints", []
+    for step in _steps(root):
+        folder = root / f"step_{step}"
+        try:
+            body = _verified(folder, step)
+        except (ValueError, OSError) as error:
+            notes.append(f"{folder} is passed over: {error}")
+            continue
+        strangers = sorted({path.name for path in folder.iterdir()} - {"state.json", *body["files"]})
+        if strangers:
+            notes.append(f"{folder} holds files that no checkpoint has, they are not read: {', '.join(strangers)}")
+        tensors = {}
+        for name in body["files"]:
+            with _opened(folder / name) as file:
+                tensors[name.removesuffix(".safetensors")] = {key: file.get_tensor(key) for key in file.keys()}
+        return step, tensors, body["state"], notes
+    if notes:
+        raise ValueError(f"{root}: no checkpoint is whole. " + "; ".join(notes))
+    return None
+
+
+def _steps(root: Path) -> list[int]:
+    """The steps that have a folder, newest first: as numbers, for step_9 is older than step_10."""
+    names = [re.fullmatch(r"step_(0|[1-9]\d*)", path.name) for path in root.iterdir()] if root.is_dir() else []
+    return sorted((int(name[1]) for name in names if name), reverse=True)
+
+
+def _verified(folder: Path, step: int) -> dict:
+    """The contents of state.json once every file has been found as it was written; else ValueError or OSError says why."""
+    body = read_json(folder / "state.json")
+    if body.get("format") != STATE_FORMAT or body.get("version") != STATE_VERSION:
+        raise ValueError(f"state.json has format {body.get('format')!r} version {body.get('version')!r}, "
+                         f"this is {STATE_FORMAT!r} version {STATE_VERSION}")
+    if body.pop("sha256", None) != _digest_of(body):
+        raise ValueError("state.json was changed after it was written")
+    if body["step"] != step:
+        raise ValueError(f"state.json is of step {body['step']}")
+    for name, expected in body["files"].items():
+        path = folder / name
+        if not re.fullmatch(r"\w+\.safetensors", name):
+            raise ValueError(f"state.json names {name!r}, which is no file of a checkpoint")
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected["size"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes of {expected['size']}")
+        if _digest(path) != expected["sha256"]:
+            raise ValueError(f"{name} was changed after it was written")
+    return body
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
