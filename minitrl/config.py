@@ -181,7 +181,8 @@ def _from_command_line(cls, argv: list[str]) -> dict:
             how["action"] = _Switch
         else:
             how["type"] = lambda text, name=field.name: _value(cls, name, text, text=True)
-            how["metavar"] = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else kind.__name__.upper()
+            literal = get_origin(kind) is Literal
+            how["metavar"] = "|".join(get_args(kind)) if literal else kind.__name__.upper()
         if many:
             how["nargs"] = "+"
         parser.add_argument(f"--{field.name}", **how)
@@ -292,7 +293,7 @@ def _scalar(kind, value, text: bool):
 
 
 def _kind(cls, name: str) -> tuple[type, bool, bool]:
-    """(type of one value, whether None is allowed, whether there are many) of `int`, `str | None`, `tuple[str, ...]`."""
+    """Of a field annotated `int`, `str | None` or `tuple[str, ...]`: (type of one value, may be None, may be many)."""
     kind = get_type_hints(cls)[name]
     optional = get_origin(kind) in (types.UnionType, Union)
     if optional:

@@ -31,8 +31,8 @@ from .distributed import barrier, print0
 # What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
 # schedule from there on, and is meant to: one asks for more.)
 MAY_CHANGE = (
-    "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions num_completions_to_print "
-    "report_to plot eval_steps save_steps save_total_limit"
+    "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
+    "num_completions_to_print report_to plot eval_steps save_steps save_total_limit"
 ).split()
 
 
@@ -153,7 +153,8 @@ def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/
     from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
-    rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    text = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
     for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
@@ -197,8 +198,8 @@ def _writing(path: Path):
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write {path}: {error.strerror}; mend that, or choose another place (--output_dir); a run that has a "
-            "checkpoint continues with --resume",
+            f"cannot write {path}: {error.strerror}; mend that, or choose another place (--output_dir); a run that has "
+            "a checkpoint continues with --resume",
         ) from error
 
 
@@ -372,7 +373,8 @@ def peak_memory(device: torch.device) -> int:
 class Run:
     """A script's run: its folder, console, clock and checkpoints, of which rank 0 writes and all ranks read.
 
-    run = Run(config, world, total_steps); loaded = run.load(); per step run.timed(phase), run.log_step(...), run.save(...).
+    run = Run(config, world, total_steps); loaded = run.load()
+    and in each step: with run.timed(phase), run.log_step(...), run.save(...)
     """
 
     def __init__(self, config, world, total_steps: int):
@@ -383,7 +385,7 @@ class Run:
         barrier(world, "while rank 0 opens --output_dir")
 
     def load(self) -> tuple[int, dict, dict] | None:
-        """Open the files; (step, tensors, state) of the newest whole checkpoint with --resume, or None where there is none."""
+        """Open the files; with --resume, (step, tensors, state) of the newest whole checkpoint, where there is one."""
         loaded, step = None, None
         if self.config.resume:
             if self.folder:
@@ -393,7 +395,8 @@ class Run:
                 self.num_tokens, self.saved_step, loaded = state["num_tokens"], step, (step, tensors, state)
                 for note in notes:
                     print0(self.world, f"--resume: {note}")
-            print0(self.world, f"--resume: going on after step {step}" if loaded else "--resume: no checkpoint yet, starting over")
+            where = f"going on after step {step}" if loaded else "no checkpoint yet, starting over"
+            print0(self.world, f"--resume: {where}")
         if self.folder:
             self.folder.begin(dataclasses.asdict(self.config), step, self.config.report_to)
         self.progress = Progress(self.total_steps, self.config.logging_steps, step or 0)
@@ -401,7 +404,7 @@ class Run:
         return loaded
 
     def log_step(self, step: int, metrics: dict, rows: list[dict] = (), tokens: int = 0) -> None:
-        """One step's metrics, the completions that it was trained on where they are new, and the tokens of all it was trained on."""
+        """One step's metrics, its completions where they are new, and the tokens of all that it was trained on."""
         seconds = self.timed.take()
         self.num_tokens += tokens if rows else 0
         self._rows = rows or self._rows
@@ -420,7 +423,8 @@ class Run:
                 shown = self._rows[: self.config.num_completions_to_print]
                 print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
         if "eval/accuracy" in metrics:
-            print(f"step {step}/{self.total_steps}  held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics['eval/reward']:.3f}", flush=True)
+            scores = f"held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics['eval/reward']:.3f}"
+            print(f"step {step}/{self.total_steps}  {scores}", flush=True)
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
         """Write the checkpoint of `step`, unless it is there already."""
@@ -446,7 +450,7 @@ class Run:
 
 
 def command(main) -> None:
-    """Run a script's `main` and exit with its status. What the user can mend is said in one line, without a traceback."""
+    """Run a script's `main` and exit with its status. What the user can mend is one line, without a traceback."""
     try:
         sys.exit(main())
     except (ValueError, ArithmeticError, OSError) as error:

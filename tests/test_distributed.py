@@ -201,7 +201,9 @@ def test_device(monkeypatch, name, gpus, expected):
     assert distributed._device(name, local_rank=1) == torch.device(expected)
 
 
-@pytest.mark.parametrize("name, gpus, words", [("cuda", 0, "--device cpu"), ("cuda", 1, "at most 1"), ("cuda:0", 1, "auto")])
+@pytest.mark.parametrize(
+    "name, gpus, words", [("cuda", 0, "--device cpu"), ("cuda", 1, "at most 1"), ("cuda:0", 1, "auto")]
+)
 def test_device_that_is_not_there(monkeypatch, name, gpus, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

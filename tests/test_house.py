@@ -50,7 +50,7 @@ def imports(tree: ast.AST):
 
 
 def inner(module: str, names: list[str]) -> list[str]:
-    """Which of minitrl's own modules an import names: `from . import runs` -> runs, `minitrl.kernels.decode` -> kernels."""
+    """Which of our own modules an import names: `from . import runs` -> runs, `minitrl.kernels.decode` -> kernels."""
     path = module.lstrip(".") if module.startswith(".") else module.removeprefix("minitrl").lstrip(".")
     return [path.split(".")[0]] if path else names
 
@@ -109,15 +109,16 @@ def offences(tree: ast.AST):
     pickles = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
     # torch's object collectives pickle, and so does numpy.load with allow_pickle.
     attributes = {"torch.load", "torch.save", "os.system", "os.popen", "pickle_module", "load_module"}
-    collectives = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list"}
+    collectives = set("all_gather_object gather_object broadcast_object_list scatter_object_list".split())
     for module, names, node in imports(tree):
         if module.split(".")[0] in pickles or (module == "torch" and {"load", "save"} & set(names)):
             yield node, f"imports {module}"
         if collectives & set(names):
             yield node, "object collective"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec", "__import__"}:
-            yield node, node.func.id
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in {"eval", "exec", "__import__"}:
+                yield node, node.func.id
         if isinstance(node, ast.Attribute):
             if ast.unparse(node) in attributes or node.attr in collectives:
                 yield node, ast.unparse(node)
@@ -136,8 +137,8 @@ def test_nothing_is_unpickled_or_executed():
     [
         "import pickle", "from pickle import loads", "import marshal as m", "torch.load(x)", "from torch import load",
         "eval('1')", "exec(x)", "subprocess.run(x, shell=True)", "subprocess.run(x, shell=flag)", "os.system(x)",
-        "numpy.load(x, allow_pickle=True)", "dist.all_gather_object(a, b)", "from torch.distributed import gather_object",
-        "def f():\n    torch.save(a, b)",
+        "numpy.load(x, allow_pickle=True)", "dist.all_gather_object(a, b)",
+        "from torch.distributed import gather_object", "def f():\n    torch.save(a, b)",
     ],
 )  # fmt: skip
 def test_the_search_finds(line):
