@@ -40,10 +40,12 @@ class ChunkedTokenLogprob(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             z = (hidden[rows] @ weight.t()).to(dtype).div_(temperature)
-            lse[rows] = z.logsumexp(-1)
-            logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse[rows]
-            z.sub_(lse[rows, None])
-            entropy[rows] = -(z.exp().mul_(z)).sum(-1)
+            highest = z.amax(-1, keepdim=True)  # z - max is exact where it matters, z - lse is rounded as lse is
+            p = z.sub_(highest).exp()
+            total = p.sum(-1)
+            lse[rows] = highest[:, 0] + total.log()
+            logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - total.log()
+            entropy[rows] = total.log() - p.mul_(z).sum(-1) / total
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature = temperature
         return logprobs, entropy
@@ -58,7 +60,8 @@ class ChunkedTokenLogprob(torch.autograd.Function):
             x, y, g_rows, h_rows = hidden[rows], targets[rows, None], g[rows, None], h[rows, None]
             logp = (x @ weight.t()).to(lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])
             p = logp.exp()
-            dz = logp.add_(entropy[rows, None]).mul_(h_rows).add_(g_rows).mul_(p).neg_()
+            total = p.sum(-1, keepdim=True)  # 1 but for the rounding of lse, which a row's numbers share: divide it out
+            dz = logp.add_(entropy[rows, None] - total.log()).mul_(h_rows / total).add_(g_rows / total).mul_(p).neg_()
             dz.scatter_add_(1, y, g_rows)
             dz = dz.div_(ctx.temperature).to(weight.dtype)
             d_hidden[rows] = dz @ weight
