@@ -1,6 +1,7 @@
 """Markers, and which tests a plain `python -m pytest` runs: all but the slow ones. `--full` runs them too."""
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -18,3 +19,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: add --full"))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills what torch.empty gives with NaN: a kernel that forgets to write a number cannot pass by luck."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
