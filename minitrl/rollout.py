@@ -150,7 +150,7 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.where(chosen > 0, sums.gather(1, (chosen - 1).clamp(min=0)), 0.0)
     within = blocks[rows, chosen[:, 0]].double().cumsum(-1)
     ids = chosen * block + _first_above(within, targets - before)
-    return ids[:, 0], sums[:, -1]
+    return ids[:, 0].clamp(max=weights_BV.shape[1] - 1), sums[:, -1]  # only NaNs lead beyond the end
 
 
 def _first_above(sums: Tensor, targets: Tensor) -> Tensor:
