@@ -16,7 +16,7 @@ def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, wi
     """Gather each row's pages side by side and attend under a length mask; see `decode` for the arguments.
 
     Two batched products with the G = H / K query heads of a key head as rows: on a CPU up to six times as fast as PyTorch's attention,
-    which is made for many queries. Scores and their softmax are float32 where q is.
+    which is made for many queries. The softmax is float32 at least.
     """
     (rows, heads, size), (kv_heads, page_size) = q.shape, k_pages.shape[1:3]
     scale = size**-0.5 if scale is None else scale
@@ -29,7 +29,8 @@ def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, wi
     if window is not None:
         hidden |= slots < lengths[:, None] - window
     scores = torch.bmm(q.reshape(rows * kv_heads, -1, size) * scale, keys.transpose(1, 2)).view(rows, heads, -1)
-    shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
     return torch.bmm(shares.view(rows * kv_heads, -1, shares.shape[-1]), values).view(rows, heads, size)
 
 
