@@ -70,11 +70,13 @@ def grpo_loss_reference(
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
     high = epsilon if epsilon_high is None else epsilon_high
+    lower, upper = (0.0, high) if loss_type == "cispo" else (1 - epsilon, 1 + high)
+    clipped = ratio.clamp(lower, upper)
     if loss_type == "cispo":
-        losses = -ratio.clamp(max=high).detach() * advantages * logprobs
+        losses = -clipped.detach() * advantages * logprobs
     else:
         unclipped = ratio if delta is None else ratio.clamp(max=delta)
-        losses = -torch.minimum(unclipped * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
+        losses = -torch.minimum(unclipped * advantages, clipped * advantages)
 
     kept = mask  # the tokens that the policy term and the entropy bonus act on
     if entropy_threshold is not None:  # only those where the policy decides (arXiv 2506.01939)
@@ -82,8 +84,8 @@ def grpo_loss_reference(
         losses = losses * kept
 
     with torch.no_grad():
-        low_clipped = (ratio < 1 - epsilon) & (advantages < 0)
-        high_clipped = (ratio > 1 + high) & (advantages > 0)
+        low_clipped = (ratio < lower) & (advantages < 0)
+        high_clipped = (ratio > upper) & (advantages > 0)
         metrics = {
             "clip_ratio/low_mean": (low_clipped * mask).sum() / tokens,
             "clip_ratio/high_mean": (high_clipped * mask).sum() / tokens,
