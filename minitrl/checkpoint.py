@@ -152,11 +152,11 @@ def _opened(path: Path):
 
 
 def _check_tensors(files: dict[str, list[Path]], config: ModelConfig, folder: Path) -> None:
-    """Compare the checkpoint's tensors with the decoder's by name, shape and type; one ValueError lists the first few."""
+    """Compare the tensors with the decoder's by name, shape and type; one ValueError lists the first few."""
     expected = hf_tensors(config)
     redundant = {name for name in files if REDUNDANT.fullmatch(name)}
     if config.tie_word_embeddings:
-        redundant.add("lm_head.weight")  # the head is the embedding's matrix, and a copy is ignored, as transformers does
+        redundant.add("lm_head.weight")  # the embedding is the head; a copy is ignored, as transformers does
     problems = [f"missing: {name}" for name in expected if name not in files]
     problems += [f"unknown: {name}" for name in files if name not in expected and name not in redundant]
     problems += [f"in more than one file: {name}" for name, paths in files.items() if len(paths) > 1]
@@ -258,7 +258,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int | None = None) -> Path:
+def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], state: dict,
+               keep: int | None = None) -> Path:
     """Publish checkpoints/step_N: one safetensors file per entry of `tensors`, and state.json with their digests.
 
     Args:
@@ -324,7 +325,7 @@ def _steps(root: Path) -> list[int]:
 
 
 def _verified(folder: Path, step: int) -> dict:
-    """The contents of state.json once every file has been found as it was written; else ValueError or OSError says why."""
+    """The contents of state.json once every file is found as it was written; else ValueError or OSError says why."""
     body = read_json(folder / "state.json")
     if body.get("format") != STATE_FORMAT or body.get("version") != STATE_VERSION:
         raise ValueError(f"state.json has format {body.get('format')!r} version {body.get('version')!r}, "

@@ -75,7 +75,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for every kind of bad file
             raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from error
         # special_tokens_map.json is the older home of what tokenizer_config.json says
-        config = {**read_json(folder / "special_tokens_map.json", {}), **read_json(folder / "tokenizer_config.json", {})}
+        config = read_json(folder / "special_tokens_map.json", {}) | read_json(folder / "tokenizer_config.json", {})
         special_tokens = {name: _content(config[name]) for name in SPECIAL_TOKEN_NAMES if config.get(name)}
         _check_added_tokens(backend, config, folder)
         generation_config = read_json(folder / "generation_config.json", {})
@@ -89,7 +89,7 @@ class Tokenizer:
         )
 
     def save(self, folder) -> None:
-        """Write tokenizer.json, tokenizer_config.json and generation_config.json so that transformers and vLLM read them.
+        """Write tokenizer.json, tokenizer_config.json and generation_config.json as transformers and vLLM read them.
 
         The template stands inside tokenizer_config.json, where transformers 4 and 5 both look. `auto_map` is left out:
         it names Python files that are not written.

@@ -10,8 +10,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from minitrl.tokenizer import Tokenizer, _Template, read_json
 
 CHATML = (  # the shape of SmolLM2's: a default system message, one line
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe terse<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe terse<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN_LIKE = """\
@@ -34,7 +35,8 @@ QWEN_LIKE = """\
     {%- if message.role == 'assistant' and '</think>' in content and loop.index0 < ns.last %}
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' }}{% generation %}{{ content | trim }}{% endgeneration %}{{ '<|im_end|>' }}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- generation %}{{ content | trim }}{% endgeneration %}{{ '<|im_end|>' }}
     {%- if message.name is defined %}{{ {'name': message.name} | tojson }}{% endif %}
     {% if loop.index0 > 5 %}
         {% break %}
@@ -175,7 +177,8 @@ def test_template_refusal_is_one_clear_error():
 
 def test_saved_tokenizer_is_the_same(tmp_path):
     """One made in memory, saved and loaded, encodes, renders and ends alike; auto_map does not survive."""
-    made = Tokenizer(byte_tokenizer(), [258, 256], chat_template=QWEN_LIKE, special_tokens={"pad_token": "<|endoftext|>"},
+    made = Tokenizer(byte_tokenizer(), [258, 256], chat_template=QWEN_LIKE,
+                     special_tokens={"pad_token": "<|endoftext|>"},
                      config={"auto_map": {"AutoTokenizer": ["evil.Tok", None]}, "tokenizer_class": "Tok"},
                      generation_config={"temperature": 0.6})
     made.save(tmp_path)
@@ -238,7 +241,8 @@ def test_template_cannot_fill_the_memory(source):
 
 
 def test_step_count_cannot_be_rebound():
-    source = "{% set count_step = 1 %}{% set environment = 1 %}{% for a in range(99999) %}{% for b in [1, 2] %}{% endfor %}{% endfor %}"
+    loops = "{% for a in range(99999) %}{% for b in [1, 2] %}{% endfor %}{% endfor %}"
+    source = "{% set count_step = 1 %}{% set environment = 1 %}" + loops
     with pytest.raises(ValueError, match="loop steps"):
         _Template(source).render(messages=[], count_step=1)
 
