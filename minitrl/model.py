@@ -112,6 +112,8 @@ def _rope_parameters(source: dict) -> dict:
         raise ValueError("config.json: partial_rotary_factor is not supported, all of a head is rotated")
     if rope["rope_type"] in ("llama3", "yarn"):
         rope.setdefault("original_max_position_embeddings", source["max_position_embeddings"])
+        if "original_max_position_embeddings" in source:  # beside the parameters, as some checkpoints have it, it wins
+            rope["original_max_position_embeddings"] = source["original_max_position_embeddings"]
     return rope
 
 
