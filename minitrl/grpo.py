@@ -27,7 +27,7 @@ from torch import Tensor
 from . import checkpoint, data, distributed, experience, losses, packing, rewards, runs, toy, training
 from .config import CommonOptions, parse, require
 from .experience import Rollouts
-from .rollout import Engine
+from .rollout import Engine, context_length
 
 
 # Options of the loss that go to losses.grpo_loss as they are.
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PRESET)
     world = distributed.start(config.device, config.timeout)
+    run = runs.Run(config, world)
     functions = rewards.load_rewards(config.reward)
     eval_functions = rewards.load_rewards(config.eval_reward) if config.eval_reward else functions
     policy, tokenizer, rows, eval_rows = load(config, functions, eval_functions, world)
@@ -97,8 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    run = runs.Run(config, world, total)
-    step, cursor, rollouts, known = resume(run, reference, optimizer)
+    step, cursor, rollouts, known = resume(run, total, reference, optimizer)
 
     with runs.Interrupt() as interrupt:
         if step == 0:
@@ -126,12 +126,14 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 save(run, step, cursor, rollouts, known, reference, optimizer)
         save(run, step, cursor, rollouts, known, reference, optimizer)
+    distributed.stop(world)
     if step < total:
         return interrupt.exit_code
     if world.rank == 0:
         checkpoint.save(policy, tokenizer, f"{config.output_dir}/final")
-        distributed.print0(world, f"done: {config.output_dir}/final is a Hugging Face folder")
-    distributed.stop(world)
+        if config.plot:
+            runs.draw(config.output_dir, config.plot)
+        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
     return 0
 
 
@@ -146,6 +148,10 @@ def load(config: Config, functions, eval_functions, world):
         if dropped:
             distributed.print0(world, f"{config.dataset}: {dropped} prompts are above --max_prompt_length {config.max_prompt_length} and left out")
         eval_rows = data.load_prompts(config.eval_dataset, tokenizer, config.max_prompt_length)[0] if config.eval_dataset else []
+    longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
+    room = context_length(policy.config) - longest
+    require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
+            f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])
@@ -392,9 +398,9 @@ def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tenso
     run.save(step, tensors, {"cursor": cursor})
 
 
-def resume(run, reference, optimizer) -> tuple[int, int, Rollouts | None, dict[str, Tensor]]:
+def resume(run, total: int, reference, optimizer) -> tuple[int, int, Rollouts | None, dict[str, Tensor]]:
     """(steps done, cursor, rollouts in use, their known log-probs): zeros and nothing, or what the newest whole checkpoint says."""
-    loaded = run.load()
+    loaded = run.load(total)
     if loaded is None:
         return 0, 0, None, {}
     step, tensors, state = loaded

@@ -262,7 +262,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def table(prompts: list[str], completions: list[str], rewards: list[float], width: int | None = None) -> str:
+def table(prompts: list[str], completions: list[str], rewards: list[float | None], width: int | None = None) -> str:
     """Prompts, completions and rewards as plain text, one row each, no wider than the terminal.
 
     A prompt keeps its end, where the question is; a completion its beginning. Control characters, which could clear or
@@ -274,7 +274,8 @@ def table(prompts: list[str], completions: list[str], rewards: list[float], widt
     lines = [f"{'reward':>8}  {'prompt':<{first}}  completion"]
     for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
         left = _fit(_escape(prompt)[::-1], first)[::-1]
-        lines.append(f"{reward:8.3f}  {left}{' ' * (first - _columns(left))}  {_fit(_escape(completion), second)}")
+        earned = "none" if reward is None else f"{reward:.3f}"
+        lines.append(f"{earned:>8}  {left}{' ' * (first - _columns(left))}  {_fit(_escape(completion), second)}")
     return "\n".join(lines)
 
 
@@ -373,23 +374,24 @@ def peak_memory(device: torch.device) -> int:
 class Run:
     """A script's run: its folder, console, clock and checkpoints, of which rank 0 writes and all ranks read.
 
-    run = Run(config, world, total_steps); loaded = run.load()
+    run = Run(config, world)            before anything is loaded: a folder in use, or a changed option, is said at once
+    loaded = run.load(total_steps)
     and in each step: with run.timed(phase), run.log_step(...), run.save(...)
     """
 
-    def __init__(self, config, world, total_steps: int):
-        self.config, self.world, self.total_steps = config, world, total_steps
+    def __init__(self, config, world):
+        self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
+        if self.folder and config.resume:
+            check_resume(self.folder.saved_config(), dataclasses.asdict(config))
         self.timed = Seconds(world.device)
         self.num_tokens, self.saved_step, self._rows, self._warned = 0, None, [], set()
         barrier(world, "while rank 0 opens --output_dir")
 
-    def load(self) -> tuple[int, dict, dict] | None:
+    def load(self, total_steps: int) -> tuple[int, dict, dict] | None:
         """Open the files; with --resume, (step, tensors, state) of the newest whole checkpoint, where there is one."""
         loaded, step = None, None
         if self.config.resume:
-            if self.folder:
-                check_resume(self.folder.saved_config(), dataclasses.asdict(self.config))
             if loaded := checkpoint.load_state(self.config.output_dir):
                 step, tensors, state, notes = loaded
                 self.num_tokens, self.saved_step, loaded = state["num_tokens"], step, (step, tensors, state)
@@ -399,7 +401,7 @@ class Run:
             print0(self.world, f"--resume: {where}")
         if self.folder:
             self.folder.begin(dataclasses.asdict(self.config), step, self.config.report_to)
-        self.progress = Progress(self.total_steps, self.config.logging_steps, step or 0)
+        self.total_steps, self.progress = total_steps, Progress(total_steps, self.config.logging_steps, step or 0)
         barrier(self.world, "while rank 0 opens its files")
         return loaded
 
@@ -419,11 +421,11 @@ class Run:
         line = self.progress.line(metrics) if step else None
         if line:
             print(line, flush=True)
-            if self.config.log_completions:
-                shown = self._rows[: self.config.num_completions_to_print]
+            shown = self._rows[: self.config.num_completions_to_print]
+            if self.config.log_completions and shown:  # none yet where --resume goes on with rollouts of the run before
                 print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
         if "eval/accuracy" in metrics:
-            scores = f"held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics['eval/reward']:.3f}"
+            scores = f"held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics.get('eval/reward', math.nan):.3f}"
             print(f"step {step}/{self.total_steps}  {scores}", flush=True)
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
