@@ -124,8 +124,7 @@ def score(
     """(N, F) float32: what each of the F functions gives each of the N samples, NaN where it answered None.
 
     `completions` are texts, wrapped as messages here where the prompt is a conversation. Each function has `timeout_s`
-    seconds for all N. Errors name it: TimeoutError when it hangs, RuntimeError when it raises, ValueError for what it
-    returns.
+    seconds for all N. Errors name it: TimeoutError when it hangs, ValueError when it raises or for what it returns.
     """
     N = len(prompts)
     completions = [
@@ -206,7 +205,7 @@ def _call(name: str, function: Reward, arguments: dict[str, Any], timeout_s: flo
     if thread.is_alive():
         raise TimeoutError(f"reward {name!r} did not return within {timeout_s} s (--reward-timeout)")
     if "error" in result:
-        raise RuntimeError(f"reward {name!r} raised {_where(result['error'])}") from result["error"]
+        raise ValueError(f"reward {name!r} raised {_where(result['error'])}") from result["error"]
     return result["value"]
 
 
@@ -237,10 +236,10 @@ def _checked(name: str, values: Any, N: int) -> Tensor:
 
 
 def _where(error: BaseException) -> str:
-    """The error in one line, with the line of code that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    """The error in one line, with the line of the user's file and, where a library raised it, the library's too."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    places = [f" ({file}:{line})" for file, line in places if file != __file__ and not file.startswith("<")]
+    return " ".join(f"{type(error).__name__}: {error}{''.join(dict.fromkeys(places[:1] + places[-1:]))}".split())
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:

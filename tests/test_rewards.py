@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 import os
 import subprocess
@@ -91,7 +92,7 @@ def test_number_is_linear_in_the_length_of_hostile_text():
 
 
 def test_number_refuses_an_answer_without_a_number():
-    with pytest.raises(RuntimeError, match="'mine' raised ValueError: the column answer holds 'yes'"):
+    with pytest.raises(ValueError, match="'mine' raised ValueError: the column answer holds 'yes'"):
         run(BUILT_IN["number"], columns={"answer": ["1", "yes"]})
 
 
@@ -230,11 +231,14 @@ def test_what_a_function_raises_is_named_with_its_line():
     def broken(completions):
         return [1 / 0 for _ in completions]
 
-    with pytest.raises(RuntimeError, match=r"'mine' raised ZeroDivisionError: .*\(.*test_rewards.py:\d+\)") as caught:
+    with pytest.raises(ValueError, match=r"'mine' raised ZeroDivisionError: .*\(.*test_rewards.py:\d+\)") as caught:
         run(broken)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(RuntimeError, match="'mine' raised SystemExit"):
+    with pytest.raises(ValueError, match="'mine' raised SystemExit"):
         run(lambda completions: sys.exit(0))
+    inside = r"'mine' raised JSONDecodeError: .* \(.*test_rewards.py:\d+\) \(.*decoder.py:\d+\)$"
+    with pytest.raises(ValueError, match=inside):  # where a library raises, the user's own line comes first
+        run(lambda completions: [json.loads(c) for c in completions])
 
 
 def test_a_function_that_hangs_is_left_behind():
