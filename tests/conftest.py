@@ -9,6 +9,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings: far more on busy cores
     config.addinivalue_line("markers", "slow: takes more than about 20 seconds; runs with --full, or with -m slow")
     config.addinivalue_line("markers", "parity: compares with transformers or TRL; needs pip install -e '.[parity]'")
 
@@ -27,3 +28,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random checkpoint, data and rewards for whole runs (miniature.py)."""
+    import miniature  # it imports all of minitrl, which not every test needs
+
+    return miniature.make(tmp_path_factory.mktemp("tiny"))
