@@ -22,4 +22,6 @@ def assert_as_exact_as_plain(got: dict[str, Tensor], plain: dict[str, Tensor], t
             continue
         rounding = ROUNDING[ours.dtype] * true.abs().max().clamp(min=1)
         error, allowed = (ours - true).abs().max(), 2 * (theirs - true).abs().max() + rounding
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, largest value {true.abs().max():.3g}"
+        assert error <= allowed, (
+            f"{name}: error {error:.3g}, allowed {allowed:.3g}, largest value {true.abs().max():.3g}"
+        )

@@ -11,7 +11,9 @@ from minitrl.packing import pack
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def cache(lengths: list[int], heads: int, kv_heads: int, size: int, dtype=torch.float64, page_size: int = 4, seed: int = 0):
+def cache(
+    lengths: list[int], heads: int, kv_heads: int, size: int, dtype=torch.float64, page_size: int = 4, seed: int = 0
+):
     """(q, k_pages, v_pages, page_table, lengths): pages in random order, and what no row may read is large, not 0."""
     g = torch.Generator().manual_seed(seed)
     needed = [-(-length // page_size) for length in lengths]
@@ -24,7 +26,9 @@ def cache(lengths: list[int], heads: int, kv_heads: int, size: int, dtype=torch.
         table[b, : len(own)] = torch.tensor(own)
         for values in (k_pages, v_pages):
             for j in range(length):
-                values[own[j // page_size], :, j % page_size] = torch.randn(kv_heads, size, generator=g, dtype=torch.float64)
+                values[own[j // page_size], :, j % page_size] = torch.randn(
+                    kv_heads, size, generator=g, dtype=torch.float64
+                )
     q = 2 * torch.randn(len(lengths), heads, size, generator=g, dtype=torch.float64)
     return q.to(dtype), k_pages.to(dtype), v_pages.to(dtype), table, torch.tensor(lengths)
 

@@ -16,7 +16,7 @@ COMPLETIONS = [[[30, 31], [40, 41, 42]], [[50, 51]]]
 
 
 def picture() -> dict[str, list]:
-    """The picture in packing's docstring, row by row: {"tokens_T": ["p0", "p1", ...], "segments_T": [0, 0, ...], ...}."""
+    """The picture in packing's docstring, row by row: {"tokens_T": ["p0", "p1", ...], "segments_T": [0, 0, ...]}."""
     rows = {}
     for line in packing.__doc__.splitlines():
         name, bar, cells = line.strip().partition("|")
@@ -142,7 +142,9 @@ def some_lengths(seed: int) -> tuple[list[int], int]:
     rng = random.Random(seed)
     capacity = rng.choice([1, 7, 64, 1000])
     kind = rng.choice(["uniform", "short", "long", "equal", "over"])
-    high = {"uniform": capacity, "short": max(1, capacity // 8), "long": capacity, "equal": 1, "over": 2 * capacity}[kind]
+    high = {"uniform": capacity, "short": max(1, capacity // 8), "long": capacity, "equal": 1, "over": 2 * capacity}[
+        kind
+    ]
     low = {"long": max(1, capacity // 2), "equal": 1}.get(kind, 0)
     return [rng.randint(low, high) for _ in range(rng.choice([0, 1, 2, 50, 400]))], capacity
 
