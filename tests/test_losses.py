@@ -361,8 +361,8 @@ def test_a_masked_row_changes_nothing(loss_type, level):
     given["mask_T"] = given["mask_T"] & (given["segments_T"] < 12)
     got = run(given, **options)
     T = len(without["d_logprobs"])
-    for name, value in without.items():
-        assert torch.equal(got[name][:T] if name.startswith("d_") else got[name], value), name
+    for name, value in without.items():  # nothing but the order of summation
+        assert torch.allclose(got[name][:T] if name.startswith("d_") else got[name], value, rtol=1e-13, atol=0), name
         if name.startswith("d_"):
             assert got[name][T:].eq(0).all()
 
