@@ -94,8 +94,10 @@ def grpo_loss_reference(
     if beta != 0.0:
         ref_log_ratio = torch.where(mask_T, ref_logprobs_T - logprobs, zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         kl = torch.expm1(ref_log_ratio) - ref_log_ratio  # expm1 keeps k3 >= 0 where the two policies all but agree
+        if use_bias_correction_kl:
+            kl = kl * ratio
         metrics["kl"] = (kl.detach() * mask).sum() / tokens
-        losses = losses + beta * (kl * ratio if use_bias_correction_kl else kl)
+        losses = losses + beta * kl
 
     losses = losses * mask
     if loss_type == "grpo":
