@@ -87,7 +87,7 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
 def _locate(source) -> Path:
     """The local folder of `source`; a Hub id is downloaded into huggingface_hub's cache."""
     name = str(source)
-    if "\0" not in name and Path(name).is_dir():
+    if name and "\0" not in name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or ".." in name:
         raise ValueError(f"--model {name!r}: no such folder, and not a Hub id of the form owner/name")
