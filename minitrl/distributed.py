@@ -30,8 +30,8 @@ class World:
 def start(device: str = "auto", timeout_s: float = 1800) -> World:
     """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.
 
-    Raises ValueError for half-set launcher variables, a missing GPU or a taken port; RuntimeError when the others do
-    not come within the time.
+    Raises ValueError for half-set launcher variables, a missing GPU or a taken port; ConnectionError when the others
+    do not come within the time.
     """
     place = _place_from_environment()
     rank, size, local_rank = place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"]
@@ -146,7 +146,7 @@ def _named(what: str, world: World):
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        raise ConnectionError(
             f"rank {world.rank} of {world.size}, {what}: another process is gone or too late ({error})"
         ) from error
 
