@@ -4,8 +4,9 @@ Row b's keys are the first lengths[b] slots of its pages, in the order of its pa
 
     o_b = sum_j softmax_j( scale q_b . k_j ) v_j,     j < lengths[b],     lengths[b] - 1 - j < window
 
-Rows may share pages (a group's prompt stands once). Within a page one head's tokens lie side by side, so that what a kernel reads at once,
-one head of one page, is one piece of memory. Least traffic: every page once, 2 K E numbers a token.
+Rows may share pages (a group's prompt stands once). Within a page one head's tokens lie side by side, so that what a
+kernel reads at once, one head of one page, is one piece of memory. Least traffic: every page once, 2 K E numbers a
+token.
 """
 
 import torch
@@ -15,29 +16,27 @@ from torch import Tensor
 def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None) -> Tensor:
     """Gather each row's pages side by side and attend under a length mask; see `decode` for the arguments.
 
-    Two batched products with the G = H / K query heads of a key head as rows: on a CPU up to six times as fast as PyTorch's attention,
-    which is made for many queries. The softmax is float32 at least.
+    Two batched products with the H / K query heads of a key head as rows: on a CPU up to six times as fast as PyTorch's
+    attention, which is made for many queries. The softmax computes in float32 at least, and rounds to q's dtype.
     """
     (rows, heads, size), (kv_heads, page_size) = q.shape, k_pages.shape[1:3]
     scale = size**-0.5 if scale is None else scale
-    table = page_table[:, None] * kv_heads + torch.arange(kv_heads, device=q.device)[:, None]  # (B, K, M) heads of pages
-    keys, values = (
-        pages.view(-1, page_size * size).index_select(0, table.flatten()).view(rows * kv_heads, -1, size) for pages in (k_pages, v_pages)
-    )
+    table = page_table[:, None] * kv_heads + torch.arange(kv_heads, device=q.device)[:, None]  # (B, K, M) heads' pages
+    gathered = (x.view(-1, page_size * size).index_select(0, table.flatten()) for x in (k_pages, v_pages))
+    keys, values = (x.view(rows * kv_heads, -1, size) for x in gathered)
     slots = torch.arange(page_table.shape[1] * page_size, device=q.device)
     hidden = slots >= lengths[:, None]
     if window is not None:
         hidden |= slots < lengths[:, None] - window
     scores = torch.bmm(q.reshape(rows * kv_heads, -1, size) * scale, keys.transpose(1, 2)).view(rows, heads, -1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
+    shares = scores.masked_fill_(hidden[:, None], -torch.inf).softmax(-1)
     return torch.bmm(shares.view(rows * kv_heads, -1, shares.shape[-1]), values).view(rows, heads, size)
 
 
 def decode(q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None) -> Tensor:
     """One step of decoding attention.
 
-    q: (B, H, E).  k_pages, v_pages: (pages, K, page_size, E), slots at and beyond a row's length may hold anything finite.
+    q: (B, H, E).  k_pages, v_pages: (pages, K, page_size, E); slots beyond a row's length may hold anything finite.
     page_table: (B, M) int32 or int64, row b's pages in order; entries beyond its length may be any valid page.
     lengths: (B,) tokens of each row, the one being decoded included (its key and value are in the cache already).
     Returns (B, H, E) in q's dtype.

@@ -1,17 +1,18 @@
 """The generation engine: many completions at once from a paged key/value cache.
 
-A prompt is *prefilled* once, several prompts packed into one pass, and the last token's hidden state is kept. Each of the prompt's n
-completions then enters the batch when there is room: it shares the prompt's full pages (they are reference-counted), gets its own copy of
-the last, partly filled one, and draws its first token from the kept state. A *decoding step* feeds every running completion's newest token
-at once, writes its key and value into the page it has come to, and draws the next. Whoever ends leaves the batch and gives its pages back,
-and waiting completions enter before the next step, so the batch stays full whatever the lengths are.
+A prompt is *prefilled* once, several prompts packed into one pass, and its last token's hidden state is kept. Each of
+its n completions then enters the batch when there is room: it shares the prompt's full pages (they are reference-
+counted), gets a copy of the last, partly filled one, and draws its first token from the kept state. A *decoding step*
+feeds the newest token of every running completion, writes its key and value into the page it has come to, and draws the
+next. Whoever ends leaves the batch and gives its pages back, and waiting completions enter before the next step, so the
+batch stays full whatever the lengths are.
 
     prompt, 21 tokens, pages of 16:     [ page 4: 16 tokens ] [ page 9: 5 tokens ]
-    completion 0                          page 4 (shared)       page 7: a copy of 9, then its own tokens    page 12 ...
-    completion 1, the group's last        page 4 (shared)       page 9 itself                               page 13 ...
+    completion 0                          page 4 (shared)       page 7: a copy of 9, its own from there   page 12 ...
+    completion 1, the group's last        page 4 (shared)       page 9 itself                             page 13 ...
 
-What a completion draws depends on the logits and on (seed, its index in the group) alone: never on what else is in the batch. Ids are what
-was sampled, and are never encoded again. Parameters are read in place, so a weight update needs no call.
+What a completion draws depends on the logits and on (seed, its index in the group) alone, never on what else is in the
+batch. Ids are what was sampled, never encoded again. Parameters are read in place: a weight update needs no call.
 """
 
 import math
@@ -32,7 +33,7 @@ from .packing import pack
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `ids` holds everything sampled: the end token too, and the tokens that a stop string was made of."""
+    """One sampled answer. `ids` is all that was sampled: the end token too, and what a stop string was made of."""
 
     ids: list[int]
     logprobs: list[float]  # of each id, under the distribution that it was drawn from
@@ -44,21 +45,22 @@ class Completion:
 class Sampling:
     """What is done to the logits before a token is drawn, in this order: penalty, temperature, top_k, top_p, min_p."""
 
-    temperature: float = 1.0  # 0 = greedy: the cuts have no say, and log-probs are those at temperature 1
+    temperature: float = 1.0  # 0 = greedy: nothing is cut, and log-probs are those at temperature 1
     top_p: float = 1.0  # keep the fewest likeliest tokens whose mass reaches top_p
     top_k: int = 0  # keep the k likeliest; 0 or -1 = all
     min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest
-    repetition_penalty: float = 1.0  # logits of tokens seen, in the prompt or since, are divided (positive) or multiplied by it
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, in the prompt or since; multiplies others
 
     def __post_init__(self):
-        # A temperature below 1e-4 is greedy in all but name, and the division would leave float32's range.
-        _check(_is(Real, self.temperature) and (self.temperature == 0 or 1e-4 <= self.temperature < math.inf),
-               "temperature", self.temperature, "0 (greedy) or at least 0.0001")
+        t, penalty = self.temperature, self.repetition_penalty
+        # A temperature below 1e-4 is greedy in all but name, and dividing by it could leave float32's range.
+        good = _is(Real, t) and (t == 0 or 1e-4 <= t < math.inf)
+        _check(good, "temperature", t, "0 (greedy) or at least 0.0001")
         _check(_is(Real, self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 = off)")
         _check(_is(Integral, self.top_k) and self.top_k >= -1, "top_k", self.top_k, "a positive integer, or 0 (off)")
         _check(_is(Real, self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        _check(_is(Real, self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
-               "repetition_penalty", self.repetition_penalty, "positive (1 = off)")
+        good = _is(Real, penalty) and 0 < penalty < math.inf
+        _check(good, "repetition_penalty", penalty, "positive (1 = off)")
 
     @property
     def cuts(self) -> bool:
@@ -75,8 +77,8 @@ def _check(good: bool, option: str, value, wanted: str) -> None:
         raise ValueError(f"{option} must be {wanted}; got {value!r}")
 
 
-def processed_logits(logits_BV: Tensor, samplings: list[Sampling], histories: list[list[int]] | None = None) -> Tensor:
-    """(B, V) float32 logits of the distribution that is sampled from: row b as `samplings[b]` asks, -inf where a token is cut.
+def processed_logits(logits_BV: Tensor, samplings: list[Sampling], histories=None) -> Tensor:
+    """(B, V) float32 logits of the distribution sampled from: row b as `samplings[b]` asks, -inf where a token is cut.
 
     Each row is shifted so that its largest is 0, which no probability notices and no temperature can overflow.
     histories: per row the ids that repetition_penalty speaks of; read only where a penalty is on.
@@ -95,15 +97,15 @@ def _column(values: list, like: Tensor) -> Tensor:
 
 
 def _penalise(x_BV: Tensor, histories: list[list[int]], penalties: Tensor) -> Tensor:
-    """The repetition penalty of CTRL (arXiv 1909.05858): a logit moves towards less likely, once however often its token was seen."""
+    """CTRL's repetition penalty (arXiv 1909.05858): a token seen gets less likely, once however often it was seen."""
     longest = max(map(len, histories))
-    seen = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids in histories], device=x_BV.device)  # padded by a repeat
+    seen = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids in histories], device=x_BV.device)
     logits = x_BV.gather(1, seen)
     return x_BV.scatter(1, seen, torch.where(logits < 0, logits * penalties, logits / penalties))
 
 
 def _cut(x_BV: Tensor, samplings: list[Sampling]) -> Tensor:
-    """top_k, then top_p of what is left, then min_p. Each is a threshold on the logit, so tokens that tie are kept or cut together."""
+    """top_k, then top_p of what is left, then min_p. All are thresholds: tokens that tie are kept or cut together."""
     vocabulary = x_BV.shape[1]
     top_ks = [min(s.top_k, vocabulary) if s.cuts and s.top_k > 0 else vocabulary for s in samplings]
     if min(top_ks) < vocabulary:
@@ -121,7 +123,7 @@ def _cut(x_BV: Tensor, samplings: list[Sampling]) -> Tensor:
 def _nucleus_threshold(x_BV: Tensor, top_ps: Tensor) -> Tensor:
     """(B, 1) the least likely logit of the nucleus (arXiv 1904.09751); -inf where top_p is 1.
 
-    Sorting a vocabulary takes longer than all layers of a small model, and the nucleus nearly always lies within the likeliest 1024.
+    Sorting a vocabulary takes longer than a small model's layers, and the nucleus is nearly always in the first 1024.
     """
     mass = x_BV.exp().sum(-1, keepdim=True, dtype=torch.float64) * top_ps
     for width in (min(1024, x_BV.shape[1]), x_BV.shape[1]):
@@ -130,16 +132,16 @@ def _nucleus_threshold(x_BV: Tensor, top_ps: Tensor) -> Tensor:
         reached = likelihoods.cumsum(-1)
         if ((reached[:, -1:] >= mass) | (top_ps == 1)).all():
             break
-    size = (reached - likelihoods < mass).sum(-1, keepdim=True)  # a token is in while those before it fall short of top_p
+    size = (reached - likelihoods < mass).sum(-1, keepdim=True)  # in: a token before which top_p is not yet reached
     return largest.gather(1, size - 1).masked_fill(top_ps == 1, -math.inf)
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution: (B,) ids, and the (B,) float64 sums of `weights_BV`, which need not sum to 1.
+    """Invert the cumulative distribution: (B,) ids, and the (B,) float64 sums of the weights, which may be any.
 
-    Summed in blocks first, so that only one block of each row is cumulated, in float64: a float32 sum over a vocabulary would lose its
-    rare tokens. The first sum above u * total is taken, which rounding may put beyond the end: then it is the last that rises. So a token
-    of weight zero is never drawn, since its own sum does not rise above the one before.
+    Summed in blocks first, so that only one block of each row is cumulated, and that in float64: a float32 sum over a
+    vocabulary would lose its rare tokens. Taken is the first sum above u * total or, should rounding put that beyond
+    the end, the first that reaches the last: either way one that rises, so no token of weight zero is ever drawn.
     """
     block = 256
     rows = torch.arange(len(weights_BV), device=weights_BV.device)
@@ -154,13 +156,13 @@ def draw(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(sums: Tensor, targets: Tensor) -> Tensor:
-    """(B, 1) index of the first of each row's rising sums above its target, or of the first that reaches the row's last sum."""
+    """(B, 1) index of the first of each row's rising sums above its target, or of the first that reaches the last."""
     last = sums[:, -1:]
     below_last = torch.nextafter(last, torch.zeros_like(last))
     return torch.searchsorted(sums, torch.minimum(targets, below_last), right=True).clamp(max=sums.shape[1] - 1)
 
 
-def sample(logits_BV, uniforms_B, samplings, histories=None) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, uniforms_B: Tensor, samplings, histories=None) -> tuple[Tensor, Tensor]:
     """Draw one token per row: (B,) ids and (B,) float32 log-probs under the processed distribution.
 
     uniforms_B: float64 in [0, 1), one per row, on the logits' device. For the rest see `processed_logits`.
@@ -176,14 +178,14 @@ def sample(logits_BV, uniforms_B, samplings, histories=None) -> tuple[Tensor, Te
 class PagePool:
     """Pages of keys and values, reference-counted; the memory behind them grows to what is in use, up to `max_pages`.
 
-    A completion is admitted only when its longest possible form fits: `promised` counts the pages that running completions may still
-    take, so nobody is ever stopped halfway for want of memory.
+    A completion is admitted only when its longest possible form fits: `promised` counts the pages that running ones may
+    still take, so nobody is ever stopped halfway for want of memory.
     """
 
     def __init__(self, config, page_size: int, max_pages: int | None, like: Tensor):
         self.page_size, self.max_pages = page_size, math.inf if max_pages is None else max_pages
-        self.shape = (config.num_key_value_heads, page_size, config.head_dim)
         self.layers = config.num_hidden_layers
+        self.shape = (config.num_key_value_heads, page_size, config.head_dim)
         self.like = like  # a parameter: pages have its dtype and device
         self.clear()
 
@@ -209,8 +211,8 @@ class PagePool:
         missing = count - len(self.free)
         if missing > 0:
             old = len(self.references)
-            new = min(max(old + missing, 2 * old), self.max_pages)  # doubling: each page is moved about once
-            assert new >= old + missing, f"{count} pages asked of {self.max_pages}, {self.in_use} in use: admission let too many in"
+            new = min(max(old + missing, 2 * old, 64), self.max_pages)  # doubling: each page is moved about once
+            assert new >= old + missing, f"{self.in_use} of {self.max_pages} pages in use: admission let too many in"
             # Zeros, since slots beyond a sequence's length are read and masked, and a NaN would get through the mask.
             pages = self.like.new_zeros(2, self.layers, new, *self.shape)
             pages[:, :, :old] = self.pages
@@ -235,7 +237,7 @@ class PagePool:
                 self.free.append(page)
 
     def slots(self, pages: np.ndarray, positions: np.ndarray) -> Tensor:
-        """(N * K,) where `write` puts tokens: token i goes to page pages[i], at its position in the sequence."""
+        """(N * K,) where `write` puts N tokens: token i goes to page pages[i], at its position in the sequence."""
         kv_heads, size, _ = self.shape
         first = pages * (kv_heads * size) + positions % size
         return torch.from_numpy((first[:, None] + np.arange(kv_heads) * size).ravel()).to(self.like.device)
@@ -264,7 +266,7 @@ class _Group:
     entered: int = 0  # completions that have entered the batch so far
     pages: list[int] | None = None
     hidden: Tensor | None = None  # (D,)
-    results: list = field(default_factory=list)
+    results: dict[int, Completion] = field(default_factory=dict)
 
 
 @dataclass
@@ -280,7 +282,7 @@ class _Sequence:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""  # kept only where there are stop strings to look for
-    decoded: tuple[int, int] = (0, 0)  # ids before the second are in `text`; those from the first on give it its context
+    decoded: tuple[int, int] = (0, 0)  # ids before the second are in `text`; those from the first on are its context
 
     @property
     def cached(self) -> int:
@@ -291,38 +293,37 @@ class _Sequence:
 class Engine:
     """Samples completions from a model.
 
-    max_batch: completions decoded together.  page_size: tokens a page.  max_pages: the cache's bound, by default none; one page takes
-    2 * layers * K * page_size * E numbers of the weights' dtype.  prefill_tokens: prompts prefilled together hold at most so many tokens
-    (a longer one goes alone).
+    max_batch: completions decoded together.  page_size: tokens a page.  max_pages: the cache's bound, by default none;
+    a page takes 2 * layers * K * page_size * E numbers of the weights' dtype.  prefill_tokens: prompts prefilled
+    together hold at most so many tokens (a longer one goes alone).
     """
 
     def __init__(self, model, tokenizer, *, max_batch=64, page_size=16, max_pages=None, prefill_tokens=4096):
-        counts = {"max_batch": max_batch, "page_size": page_size, "max_pages": max_pages, "prefill_tokens": prefill_tokens}
-        for option, value in counts.items():
-            _check(value is None and option == "max_pages" or _is(Integral, value) and value > 0, option, value, "a positive integer")
+        sizes = {"max_batch": max_batch, "page_size": page_size, "prefill_tokens": prefill_tokens}
+        for option, value in (sizes if max_pages is None else sizes | {"max_pages": max_pages}).items():
+            _check(_is(Integral, value) and value > 0, option, value, "a positive integer")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.pool = PagePool(model.config, page_size, max_pages, like=model.head_weight.detach())
 
     def generate(
-        self, prompts, n=1, max_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, stop=(), seed=0,
-        ignore_eos=False,
-    ) -> list[list[Completion]]:
+        self, prompts, n=1, max_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
+        stop=(), seed=0, ignore_eos=False,
+    ) -> list[list[Completion]]:  # fmt: skip
         """Sample n completions of each prompt; returns them per prompt.
 
-        prompts: each a text, a list of ids, or a list of messages.  stop: strings that end a completion; they are looked for in the text
-        without special tokens.  seed: an int, or one per prompt.  Completion g of a prompt with seed s draws with the random numbers of
-        (s, g), so it does not depend on how prompts are divided over calls or processes.
-        ignore_eos: the model's end tokens do not end a completion.
-        Raises ValueError for what cannot be sampled: an option out of range, an empty prompt, an id outside of the vocabulary, prompt and
-        max_tokens beyond the model's positions or the cache's pages.
+        prompts: each a text, a list of ids, or a list of messages.  stop: strings that end a completion, looked for in
+        its text without special tokens.  ignore_eos: the model's end tokens do not end a completion.
+        seed: an int, or one per prompt. Completion g of a prompt with seed s draws with the random numbers of (s, g),
+        so it does not depend on how prompts are divided over calls or processes.
+        Raises ValueError for what cannot be sampled: an option out of range, an empty prompt, an id outside of the
+        vocabulary, prompt and max_tokens beyond the model's positions or the cache's pages.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
         groups = self._groups(prompts, n, max_tokens, sampling, stop, seed, ignore_eos)
         waiting, running = deque(groups), []
-        self.free_rows = list(range(self.max_batch))
         widest = max((self._pages(len(g.prompt) + max_tokens) for g in groups), default=0)
-        self.page_table = np.zeros((self.max_batch, widest), np.int64)
+        self.free_rows, self.page_table = list(range(self.max_batch)), np.zeros((self.max_batch, widest), np.int64)
         try:
             with torch.inference_mode():
                 while waiting or running:
@@ -333,7 +334,7 @@ class Engine:
             assert self.pool.in_use == self.pool.promised == 0, f"{self.pool.in_use} pages leaked"
         finally:
             self.pool.clear()
-        return [[completion for _, completion in sorted(g.results, key=lambda r: r[0])] for g in groups]
+        return [[group.results[g] for g in range(n)] for group in groups]
 
     def _groups(self, prompts, n, max_tokens, sampling, stop, seed, ignore_eos) -> list[_Group]:
         """Check everything that can be known before computing."""
@@ -342,15 +343,15 @@ class Engine:
         _check(_is(Integral, max_tokens) and max_tokens > 0, "max_tokens", max_tokens, "a positive integer")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "strings that are not empty")
-        seeds = [seed] * len(prompts) if _is(Integral, seed) else list(seed)
+        seeds = [seed] * len(prompts) if isinstance(seed, Real) else list(seed)
         _check(len(seeds) == len(prompts), "seed", seed, f"an integer, or one for each of the {len(prompts)} prompts")
-        _check(all(_is(Integral, s) and s >= 0 for s in seeds), "seed", seed, "an integer that is not negative, or one per prompt")
+        _check(all(_is(Integral, s) and s >= 0 for s in seeds), "seed", seed, "an integer that is not negative")
         end_ids = frozenset() if ignore_eos else frozenset(self.tokenizer.end_ids)
         groups = []
-        for p, (prompt, s) in enumerate(zip(prompts, seeds)):
+        for p, prompt in enumerate(prompts):
             ids = self._prompt_ids(p, prompt)
             self._check_room(p, len(ids), n, max_tokens)
-            groups.append(_Group(ids, n, int(s), max_tokens, sampling, stop, end_ids))
+            groups.append(_Group(ids, n, int(seeds[p]), max_tokens, sampling, stop, end_ids))
         return groups
 
     def _prompt_ids(self, p: int, prompt) -> list[int]:
@@ -358,32 +359,34 @@ class Engine:
         ids = [int(i) for i in prompt] if tokens else self.tokenizer.prompt_ids(prompt)
         if not ids:
             raise ValueError(f"prompt {p} is empty: there is nothing to continue")
-        wrong = [i for i in ids if not 0 <= i < self.model.config.vocab_size]
-        if wrong:
-            raise ValueError(f"prompt {p} holds token id {wrong[0]}; the model's vocabulary is 0 to {self.model.config.vocab_size - 1}")
+        vocabulary = self.model.config.vocab_size
+        if not (0 <= min(ids) and max(ids) < vocabulary):
+            wrong = next(i for i in ids if not 0 <= i < vocabulary)
+            raise ValueError(f"prompt {p} holds token id {wrong}; the model's vocabulary is 0 to {vocabulary - 1}")
         return ids
 
     def _check_room(self, p: int, length: int, n: int, max_tokens: int) -> None:
         limit = context_length(self.model.config)
+        asked = f"prompt {p} has {length} tokens: with max_tokens {max_tokens}"
         if length + max_tokens > limit:
-            raise ValueError(f"prompt {p} has {length} tokens: with max_tokens {max_tokens} it goes beyond the model's {limit} positions "
-                             "(max_position_embeddings); shorten the prompt or lower max_tokens")
+            raise ValueError(f"{asked} it goes beyond the model's {limit} positions (max_position_embeddings); "
+                             "shorten the prompt or lower max_tokens")  # fmt: skip
         needed = self._pages(length) + self._pages_ahead(length, max_tokens, last=n == 1)
         if needed > self.pool.max_pages:
-            raise ValueError(f"prompt {p} has {length} tokens: with max_tokens {max_tokens} it needs {needed} pages of "
-                             f"{self.pool.page_size} tokens; max_pages is {self.pool.max_pages}")
+            raise ValueError(f"{asked} it needs {needed} pages of {self.pool.page_size} tokens; "
+                             f"max_pages is {self.pool.max_pages}")  # fmt: skip
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)
 
     def _pages_ahead(self, length: int, max_tokens: int, last: bool) -> int:
-        """Pages that a completion may take beyond its prompt's: all but a group's last need a copy of the partly filled one."""
+        """Pages a completion may take beyond its prompt's: all but a group's last need a copy of the partial one."""
         # The last token of all is never fed, so its key and value are never stored.
         return self._pages(length + max_tokens - 1) - (self._pages(length) if last else length // self.pool.page_size)
 
     def _admit(self, waiting: deque) -> list[_Sequence]:
-        """Let completions enter, first come first served, while there are rows and pages; prefill the prompts that are new."""
-        entering, new, sources, targets, tokens = [], [], [], [], 0
+        """Let completions enter, first come first served, while there are rows and pages; prefill new prompts."""
+        entering, new, sources, targets = [], [], [], []
         while waiting and self.free_rows:
             group = waiting[0]
             length, last = len(group.prompt), group.entered == group.n - 1
@@ -391,25 +394,24 @@ class Engine:
             if not self.pool.fits(ahead + (self._pages(length) if group.pages is None else 0)):
                 break
             if group.pages is None:
-                tokens += length
-                if new and tokens > self.prefill_tokens:
+                if new and sum(len(g.prompt) for g in new) + length > self.prefill_tokens:
                     break
                 group.pages = self.pool.take(self._pages(length))
                 new.append(group)
             full = length // self.pool.page_size
-            shared, partial = group.pages[:full], group.pages[full:]
             if last:  # takes over the group's own references
-                pages = group.pages
+                pages = list(group.pages)
                 waiting.popleft()
             else:
-                self.pool.share(shared)
-                pages = shared + self.pool.take(len(partial))
-                sources, targets, ahead = sources + partial, targets + pages[full:], ahead - len(partial)
+                self.pool.share(group.pages[:full])
+                own = self.pool.take(len(group.pages) - full)
+                pages = group.pages[:full] + own
+                sources, targets, ahead = sources + group.pages[full:], targets + own, ahead - len(own)
             self.pool.promised += ahead
             row = self.free_rows.pop()
             self.page_table[row, : len(pages)] = pages
             uniforms = np.random.Generator(np.random.PCG64([group.seed, group.entered])).random(group.max_tokens)
-            entering.append(_Sequence(group, group.entered, row, list(pages), ahead, uniforms))
+            entering.append(_Sequence(group, group.entered, row, pages, ahead, uniforms))
             group.entered += 1
         if new:
             self._prefill(new)
@@ -423,11 +425,12 @@ class Engine:
         positions = [np.arange(len(g.prompt)) for g in groups]
         pages = [np.array(g.pages)[p // self.pool.page_size] for g, p in zip(groups, positions)]
         slots = self.pool.slots(np.concatenate(pages), np.concatenate(positions))
+        layout = {"lengths": packed.lengths, "prefixes": packed.prefixes}
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
             window = self.model.config.windows[layer]
-            return attention(q, k, v, packed.cu_seqlens, packed.prefixes_B, window=window, lengths=packed.lengths, prefixes=packed.prefixes)
+            return attention(q, k, v, packed.cu_seqlens, packed.prefixes_B, window=window, **layout)
 
         hidden_TD = self.model.hidden(packed.tokens_T, packed.positions_T, attend)
         for group, hidden in zip(groups, hidden_TD[packed.cu_seqlens[1:].long() - 1]):
@@ -437,40 +440,41 @@ class Engine:
         """Feed every sequence's newest token; (B, D) hidden states."""
         size = self.pool.page_size
         for s in running:
-            if s.cached % size == 0 and s.cached // size == len(s.pages):  # the new token is the first of a page
+            if s.cached // size == len(s.pages):  # the newest token is the first of a page
                 self.page_table[s.row, len(s.pages)] = page = self.pool.take(1)[0]
                 s.pages.append(page)
                 s.promised -= 1
                 self.pool.promised -= 1
-        cached = np.array([s.cached for s in running])
+        cached, tokens = np.array([s.cached for s in running]), np.array([s.ids[-1] for s in running])
         table = self.page_table[[s.row for s in running], : cached.max() // size + 1]
         slots = self.pool.slots(table[np.arange(len(running)), cached // size], cached)
-        tokens = np.array([s.ids[-1] for s in running])
         tokens, positions, table = (torch.from_numpy(x).to(slots.device) for x in (tokens, cached, table))
         lengths = positions + 1
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
-            return decode(q, self.pool.keys[layer], self.pool.values[layer], table, lengths, window=self.model.config.windows[layer])
+            keys, values, window = self.pool.keys[layer], self.pool.values[layer], self.model.config.windows[layer]
+            return decode(q, keys, values, table, lengths, window=window)
 
         return self.model.hidden(tokens, positions, attend)
 
     def _draw(self, sequences: list[_Sequence], hidden_BD: Tensor) -> list[_Sequence]:
         """Draw every sequence's next token; those that end leave. Returns those that go on."""
         logits_BV = linear(hidden_BD, self.model.head_weight)
-        uniforms_B = torch.tensor([s.uniforms[len(s.ids)] for s in sequences], dtype=torch.float64, device=logits_BV.device)
+        uniforms = [s.uniforms[len(s.ids)] for s in sequences]
         samplings = [s.group.sampling for s in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
         histories = [s.group.prompt + s.ids for s in sequences] if penalised else None
+        uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories)
         going = []
         for s, token, logprob in zip(sequences, ids_B.tolist(), logprobs_B.tolist()):
             if not math.isfinite(logprob):
-                raise FloatingPointError("the model's logits are not finite: its weights, or an update to them, went wrong")
+                raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
             s.ids.append(token)
             s.logprobs.append(logprob)
             if completion := self._completion(s):
-                s.group.results.append((s.index, completion))
+                s.group.results[s.index] = completion
                 self.pool.release(s.pages)
                 self.pool.promised -= s.promised
                 self.free_rows.append(s.row)
@@ -481,21 +485,20 @@ class Engine:
     def _completion(self, s: _Sequence) -> Completion | None:
         """The finished completion, or None while it goes on."""
         group = s.group
-        stopped = group.stop and self._stop_appeared(s)
-        if s.ids[-1] not in group.end_ids and not stopped and len(s.ids) < group.max_tokens:
+        ended, full = s.ids[-1] in group.end_ids, len(s.ids) == group.max_tokens
+        if not (ended or full or (group.stop and self._stop_appeared(s))):
             return None
         text = self.tokenizer.decode(s.ids)
         cuts = [text.index(string) for string in group.stop if string in text]
-        if not cuts and stopped and s.ids[-1] not in group.end_ids and len(s.ids) < group.max_tokens:
-            return None  # the tail alone read differently from the whole
-        reason = "stop" if cuts or s.ids[-1] in group.end_ids else "length"
-        return Completion(s.ids, s.logprobs, text[: min(cuts)] if cuts else text, reason)
+        if not (ended or full or cuts):
+            return None  # the whole reads differently from what its parts did
+        return Completion(s.ids, s.logprobs, text[: min(cuts)] if cuts else text, "stop" if ended or cuts else "length")
 
     def _stop_appeared(self, s: _Sequence) -> bool:
         """Add the newest id's text to the sequence's, and look for a stop string where it could have appeared.
 
-        Ids are decoded behind the last few that came before them, since a tokenizer may spell one differently at the start; and a
-        character whose bytes are not complete, decoded as U+FFFD, waits for the rest of them.
+        Ids are decoded behind the few that came before them, since a tokenizer may spell one differently at the start;
+        and a character whose bytes are not complete, decoded as U+FFFD, waits for the rest of them.
         """
         context, read = s.decoded
         before, after = self.tokenizer.decode(s.ids[context:read]), self.tokenizer.decode(s.ids[context:])
@@ -507,6 +510,6 @@ class Engine:
 
 
 def context_length(config) -> int:
-    """Positions that a model can tell apart: max_position_embeddings, or what RoPE scaling stretches the original ones to."""
+    """Positions a model can tell apart: max_position_embeddings, or what RoPE scaling makes of the original ones."""
     original = config.rope.get("original_max_position_embeddings", config.max_position_embeddings)
     return max(config.max_position_embeddings, int(original * (config.rope.get("factor") or 1)))

@@ -14,14 +14,15 @@ END = (57, 59)
 
 
 class Letters:
-    """A tokenizer of single characters, of which ids 40 to 43 are the two bytes of two characters, and END is special."""
+    """A tokenizer of single characters; ids 40 to 43 are the bytes of two more, and the ids in END are special."""
 
     end_ids = END
     bytes_of = {40: b"\xc3", 41: b"\xa9", 42: b"\xc3", 43: b"\xa0"}
 
     def decode(self, ids, skip_special_tokens=True):
         assert skip_special_tokens
-        return b"".join(self.bytes_of.get(i, bytes([65 + i % 58])) for i in ids if i not in END).decode(errors="replace")
+        spelled = [self.bytes_of.get(i, bytes([65 + i % 58])) for i in ids if i not in END]
+        return b"".join(spelled).decode(errors="replace")
 
     def prompt_ids(self, prompt):
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
@@ -83,7 +84,8 @@ def test_cached_logprobs_are_those_of_the_full_forward_pass(name, page_size):
     model = tiny(**MODELS[name])
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     engine = Engine(model, Letters(), page_size=page_size, max_batch=4, prefill_tokens=33)
-    for prompt, group in zip(prompts, engine.generate(prompts, n=3, max_tokens=40, seed=1, ignore_eos=True), strict=True):
+    groups = engine.generate(prompts, n=3, max_tokens=40, seed=1, ignore_eos=True)
+    for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
             assert len(completion.ids) == len(completion.logprobs) == 40
             torch.testing.assert_close(
@@ -107,7 +109,7 @@ def test_a_shared_prompt_is_the_same_as_a_repeated_one():
     for length in (3, 4, 5, 18):
         prompt = prompt_of(length)
         shared = engine.generate([prompt], n=4, max_tokens=12, seed=5)[0]
-        # Completion g of seed s is the g-th random stream: as the only completion of its prompt it has to be asked for by n.
+        # Completion g draws with the random numbers of (seed, g): the last of g + 1 shares its prompt with fewer.
         repeated = [engine.generate([prompt], n=g + 1, max_tokens=12, seed=5)[0][g] for g in range(4)]
         assert_same([shared], [repeated])
 
@@ -180,7 +182,7 @@ def test_few_pages_change_when_but_not_what(spare):
     # The longest: 21 prompt tokens are 6 pages; 45 tokens are fed, 12 pages, of which 5 full ones are shared: 6 + 7.
     engine = Engine(model, Letters(), page_size=4, max_pages=13 + spare)
     assert_same(plenty, engine.generate(prompts, **options))
-    with pytest.raises(ValueError, match="prompt 4 has 21 tokens: with max_tokens 25 it needs 13 pages.*max_pages is 12"):
+    with pytest.raises(ValueError, match="prompt 4 has 21 tokens: with max_tokens 25 it needs 13 pages.* is 12"):
         Engine(model, Letters(), page_size=4, max_pages=12).generate(prompts, **options)
     (whole,) = Engine(model, Letters(), page_size=4, max_pages=12).generate(prompts[4:5], max_tokens=25, seed=3)
     assert_same([plenty[4][:1]], [whole])  # n = 1 needs no copy of the partly filled page
@@ -188,9 +190,8 @@ def test_few_pages_change_when_but_not_what(spare):
 
 def test_pages_all_come_back(monkeypatch):
     engine = Engine(tiny(), Letters(), page_size=4, max_pages=40)
-    held = []
-    clear = engine.pool.clear
-    monkeypatch.setattr(engine.pool, "clear", lambda: held.append((engine.pool.in_use, engine.pool.promised)) or clear())
+    pool, clear, held = engine.pool, engine.pool.clear, []
+    monkeypatch.setattr(pool, "clear", lambda: held.append((pool.in_use, pool.promised)) or clear())
     for n in (1, 3):
         engine.generate(crowd(), n=n, max_tokens=20, temperature=1.4, seed=n)
     assert held == [(0, 0), (0, 0)]
@@ -322,8 +323,8 @@ def test_frequencies_are_the_processed_distribution(options):
     model, prompt, draws = tiny(vocab_size=21), [3, 1, 4, 1], 20_000
     logits = model.logits([prompt])[0][-1].expand(draws, -1)
     generator = torch.Generator().manual_seed(4)
-    sampling = Sampling(**options)
-    ids, logprobs = sample(logits, torch.rand(draws, generator=generator, dtype=torch.float64), [sampling] * draws, [prompt] * draws)
+    uniforms = torch.rand(draws, generator=generator, dtype=torch.float64)
+    ids, logprobs = sample(logits, uniforms, [Sampling(**options)] * draws, [prompt] * draws)
     expected = torch.tensor(expected_logprobs(logits[0], prompt, **options))
     torch.testing.assert_close(logprobs, expected[ids], atol=1e-5, rtol=1e-5)
     counts, wanted = torch.bincount(ids, minlength=21), expected.exp() * draws
@@ -413,7 +414,7 @@ def test_an_end_token_at_the_very_limit_is_a_stop():
 
 
 def says(monkeypatch, script, **options):
-    """What the engine returns when the model says `script` (by way of the drawing, the one place where ids come from)."""
+    """An engine that says `script`: drawing is the one place where ids come from."""
     engine = Engine(tiny(), Letters(), **options)
     said = iter(script)
     monkeypatch.setattr("minitrl.rollout.sample", lambda *_: (torch.tensor([next(said)]), torch.tensor([-1.0])))
