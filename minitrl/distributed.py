@@ -62,7 +62,7 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     return world
 
 
-def stop(world: World) -> None:
+def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -16,6 +16,7 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
 """
 
 import copy
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -126,7 +127,6 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 save(run, step, cursor, rollouts, known, reference, optimizer)
         save(run, step, cursor, rollouts, known, reference, optimizer)
-    distributed.stop(world)
     if step < total:
         return interrupt.exit_code
     if world.rank == 0:
@@ -245,7 +245,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     on_policy = "old" not in known
     per_token_R = {"advantages": rollouts.per_token(rollouts.advantages_PG), **known}
     new_R = torch.zeros(len(rollouts.tokens_R))
-    sums, largest = Counter(), torch.zeros(1)
+    sums, largest, offending = Counter(), torch.zeros(1), []
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
@@ -266,7 +266,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
             **options,
         )
         if not loss.isfinite():
-            stop_before_update(run, step, f"the loss is {loss.item()}", rollouts, [batch])
+            offending.append(batch)
         loss.backward()
         new_R[index_C] = logprobs_T.detach()[mask_T].cpu()
         if on_policy:
@@ -282,7 +282,10 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     if on_policy and config.num_iterations > 1:
         distributed.sum_([new_R], world)
         known["old"] = new_R
-    return step_metrics(sums, largest, on_policy, config, world)
+    metrics = step_metrics(sums, largest, on_policy, config, world)
+    if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
+        stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+    return metrics
 
 
 def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
@@ -294,11 +297,14 @@ def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> 
 
 
 def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
-    """NaN or infinity: save the ids it came with and stop; the weights are still those of the step before."""
+    """NaN or infinity: save the ids it came with and stop, on all ranks; the weights are still those of the step before."""
     groups = [(rollouts.prompt(p), [rollouts.completion(p, g) for g in members]) for batch in batches for p, members in batch]
-    value = {"step": step + 1, "error": what, "groups": [{"prompt": prompt, "completions": answers} for prompt, answers in groups]}
-    path = run.dump(f"not_finite_step_{step + 1}_rank_{run.world.rank}.json", value)
-    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {path}; lower --learning_rate or --max_grad_norm")
+    name = f"not_finite_step_{step + 1}_rank_"
+    if groups:  # other ranks may have them
+        value = {"step": step + 1, "error": what, "groups": [{"prompt": ids, "completions": answers} for ids, answers in groups]}
+        run.dump(f"{name}{run.world.rank}.json", value)
+    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {run.config.output_dir}/"
+                             f"{name}*.json; lower --learning_rate or --max_grad_norm")
 
 
 def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config, world) -> dict[str, float]:

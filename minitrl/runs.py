@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
-from .distributed import barrier, print0
+from .distributed import barrier, print0, stop
 
 # What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
 # schedule from there on, and is meant to: one asks for more.)
@@ -385,7 +385,7 @@ class Run:
         if self.folder and config.resume:
             check_resume(self.folder.saved_config(), dataclasses.asdict(config))
         self.timed = Seconds(world.device)
-        self.num_tokens, self.saved_step, self._rows, self._warned = 0, None, [], set()
+        self.num_tokens, self.saved_step, self._rows, self._warned = 0, 0, [], set()
         barrier(world, "while rank 0 opens --output_dir")
 
     def load(self, total_steps: int) -> tuple[int, dict, dict] | None:
@@ -429,7 +429,7 @@ class Run:
             print(f"step {step}/{self.total_steps}  {scores}", flush=True)
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
-        """Write the checkpoint of `step`, unless it is there already."""
+        """Write the checkpoint of `step`, unless it is there already; before the first step there is nothing to save."""
         if step == self.saved_step:
             return
         self.saved_step = step
@@ -438,11 +438,9 @@ class Run:
             checkpoint.save_state(self.config.output_dir, step, tensors, state, self.config.save_total_limit)
         barrier(self.world, "while rank 0 writes a checkpoint")
 
-    def dump(self, name: str, value) -> Path:
+    def dump(self, name: str, value) -> None:
         """Write a JSON file for a post-mortem, on whichever rank found the trouble."""
-        path = Path(self.config.output_dir) / name
-        _publish(path, [json.dumps(value)])
-        return path
+        _publish(Path(self.config.output_dir) / name, [json.dumps(value)])
 
     def warn_once(self, name: str, text: str) -> None:
         """Print a warning the first time that it has cause."""
@@ -458,3 +456,5 @@ def command(main) -> None:
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        stop()  # a process that exits within a group whose connections broke is now and then aborted by gloo's threads

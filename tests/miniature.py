@@ -11,7 +11,6 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from processes import free_port, take_place
 
 from minitrl import checkpoint, grpo, runs
 from minitrl.model import Model, ModelConfig
@@ -91,7 +91,7 @@ class Tiny:
             "num_generations": 4,
             "max_prompt_length": 16,
             "max_completion_length": 12,
-            "tokens_per_microbatch": 64,
+            "tokens_per_microbatch": 32,
             "learning_rate": 1e-2,
             "dtype": "float32",
             "logging_steps": 1,
@@ -156,7 +156,7 @@ def run(argv: list[str]) -> Outcome:
 
 def launch(argv: list[str], world: int = 1, hooks: dict | None = None) -> Outcome:
     """The same in processes of its own; hooks[rank], where there is one, is called in that process first."""
-    return processes(_train, world, argv, hooks or {})
+    return apart(_train, world, argv, hooks or {})
 
 
 def _train(rank: int, argv: list[str], hooks: dict) -> None:
@@ -164,13 +164,9 @@ def _train(rank: int, argv: list[str], hooks: dict) -> None:
     runs.command(functools.partial(grpo.main, argv))
 
 
-def processes(target, world: int, *arguments) -> Outcome:
+def apart(target, world: int, *arguments) -> Outcome:
     """target(rank, *arguments) in `world` processes. Once one is killed by a signal the others are too: torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minitrl.grpo", "torch._dynamo"])  # AdamW imports the latter when it is made
+    context, port = multiprocessing.get_context("forkserver"), free_port()
     with tempfile.TemporaryDirectory() as logs:
         started = [
             context.Process(target=_enter, args=(rank, world, port, logs, target, arguments), daemon=True)
@@ -197,8 +193,7 @@ def _enter(rank: int, world: int, port: int, logs: str, target, arguments: tuple
         with open(f"{logs}/{rank}.{kind}", "w") as file:
             os.dup2(file.fileno(), stream.fileno())
     if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        take_place(rank, world, port)
     torch.set_num_threads(1)
     target(rank, *arguments)
 

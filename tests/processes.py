@@ -6,8 +6,9 @@ import socket
 
 import torch.multiprocessing
 
-# One server imports torch once and forks each process from there: a tenth of a second instead of several.
-multiprocessing.set_forkserver_preload(["torch", "pytest", "minitrl.distributed"])
+# One server imports torch once and forks each process from there: a tenth of a second instead of several. (torch._dynamo
+# is what AdamW imports when one is made.)
+multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "minitrl.grpo"])
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -17,13 +18,22 @@ def run_processes(body, size: int, *arguments) -> None:
 
     `body` stands at the top level of a test file, and calls distributed.start itself.
     """
+    arguments = (body, size, free_port(), arguments)
+    torch.multiprocessing.start_processes(_enter, arguments, size, start_method="forkserver")
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_enter, (body, size, port, arguments), size, start_method="forkserver")
+        return probe.getsockname()[1]
+
+
+def take_place(rank: int, size: int, port: int) -> None:
+    """Set torchrun's variables for this process."""
+    place = (rank, size, rank, size, "127.0.0.1", port)
+    os.environ.update({name: str(value) for name, value in zip(LAUNCHER, place)})
 
 
 def _enter(rank: int, body, size: int, port: int, arguments: tuple) -> None:
-    place = (rank, size, rank, size, "127.0.0.1", port)
-    os.environ.update({name: str(value) for name, value in zip(LAUNCHER, place)})
+    take_place(rank, size, port)
     body(*arguments)

@@ -62,7 +62,7 @@ def collectives(size: int) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         print0(world, "rank", rank, "speaks")
     assert said.getvalue() == ("" if rank else "rank 0 speaks\n")
-    stop(world)
+    stop()
 
 
 def threads(wish: str, expected: int) -> None:
@@ -71,7 +71,7 @@ def threads(wish: str, expected: int) -> None:
     distributed.os.sched_getaffinity = lambda pid: set(range(8))
     world = start("cpu", PATIENCE_S)
     assert torch.get_num_threads() == expected
-    stop(world)
+    stop()
 
 
 def one_dies() -> None:
@@ -98,7 +98,7 @@ def unequal_rows() -> None:
     world = start("cpu", PATIENCE_S)
     with pytest.raises(AssertionError, match="rows of unequal size"):
         gather_ragged(torch.zeros(2, 3 + world.rank), world)
-    stop(world)
+    stop()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -125,7 +125,7 @@ def test_torchrun_two_processes(tmp_path):
         "x = torch.tensor([world.rank + 1.0])\n"
         "sum_([x], world)\n"
         "print0(world, 'total', x.item())\n"
-        "stop(world)\n"
+        "stop()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -141,7 +141,7 @@ def test_alone_without_a_process_group():
     sum_([x], world)
     assert x.eq(1).all() and gather_ragged(x, world)[0] is x and any_true(True, world) and not any_true(False, world)
     barrier(world)
-    stop(world)
+    stop()
 
 
 def test_counts_must_be_float():

@@ -235,7 +235,7 @@ def two_halves(dtype, folder: str) -> None:
     with pytest.raises(NotFinite):  # on one rank, so on all
         loss(model, batch(0, dtype), float("nan") if rank else 1.0).backward()
         optimizer.step(0.01)
-    stop(world)
+    stop()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
