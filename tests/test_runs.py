@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def rows(folder, name="metrics"):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def fails(error):
@@ -36,7 +36,7 @@ def a_run(folder, steps, config=None):
         run.begin(config or {"seed": 1}, None)
         for step in range(steps + 1):
             run.append_metrics({"step": step, "loss": step / 3})
-            run.append_completions([{"step": step, "text": f"{step}{which}"} for which in "ab"])
+            run.append_completions([{"step": step, "text": f"{step}\u2028{which}"} for which in "ab"])
 
 
 def test_rows_are_whole_exact_and_there_at_once(tmp_path):
@@ -62,7 +62,8 @@ def test_resume_cuts_what_came_after(tmp_path, step):
         assert [row["step"] for row in rows(tmp_path)] == list(range(kept + 1))
         run.append_metrics({"step": kept + 1, "loss": 7.0})
     assert rows(tmp_path)[-1] == {"step": kept + 1, "loss": 7.0} and len(rows(tmp_path)) == kept + 2
-    assert [row["text"] for row in rows(tmp_path, "completions")] == [f"{s}{w}" for s in range(kept + 1) for w in "ab"]
+    texts = [row["text"] for row in rows(tmp_path, "completions")]
+    assert texts == [f"{s}\u2028{w}" for s in range(kept + 1) for w in "ab"]
     assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 9
     assert not list(tmp_path.glob("*.new"))
 
@@ -146,9 +147,10 @@ def test_two_runs_one_folder(tmp_path):
 
 def test_a_refused_folder_is_not_left_locked(tmp_path):
     a_run(tmp_path, 1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as kept_alive:
         RunFolder(str(tmp_path), resume=False)
     RunFolder(str(tmp_path), resume=True).close()
+    assert "holds a run" in str(kept_alive.value)
 
 
 def test_changed_options_are_named():
@@ -242,7 +244,7 @@ with Interrupt() as interrupt:
             time.sleep(0.1)
         if any_true(interrupt.wanted, world):
             open(f"{sys.argv[1]}/saved.{world.rank}", "w").write(str(step))
-            stop(world)
+            stop()
             raise SystemExit(interrupt.exit_code)
 """
 
@@ -258,7 +260,7 @@ def test_a_signal_finishes_the_step_and_says_so(tmp_path, number, code):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code and (tmp_path / "saved.0").exists()
+    assert process.returncode == code and (tmp_path / "saved.0").exists(), said
     assert f"{signal.Signals(number).name}: finishing this step, then saving" in said
 
 
