@@ -231,7 +231,9 @@ def _published(folder: Path):
             os.chmod(path, temporary.stat().st_mode & 0o666)  # safetensors makes its files 0600, whatever the umask
             _flush(path)
         _flush(temporary)
-        if folder.exists():  # a folder cannot be renamed onto one that is not empty
+        # A folder cannot be renamed onto one that is not empty. Killed between the two renames, the older one is
+        # still there as .NAME.old; a step's folder is replaced only where it is written a second time
+        if folder.exists():
             shutil.rmtree(retired, ignore_errors=True)
             os.rename(folder, retired)
         try:
@@ -282,11 +284,10 @@ def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], sta
         write_json(temporary / "state.json", {"sha256": _digest_of(body), **body})
     if keep is not None:
         for old in [number for number in _steps(root) if number <= step][max(keep, 1):]:
-            # Renamed first: killed half-way through, the rest must not look like a checkpoint
-            doomed = root / f".step_{old}.tmp"
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(root / f"step_{old}", doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            # Renamed first: killed half-way through its removal, the rest must not look like a checkpoint
+            os.rename(root / f"step_{old}", root / f".step_{old}.old")
+    for leftover in root.glob(".step_*"):  # these, and what earlier attempts that were killed left behind
+        shutil.rmtree(leftover, ignore_errors=True)
     return root / f"step_{step}"
 
 

@@ -80,7 +80,7 @@ def build(kind, options):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        scale, centre = (0.3, 1.0) if "norm" in name else (0.5, 0.0) if name.endswith("bias") else (0.25, 0.0)
+        scale, centre = (0.3, 1.0) if "norm" in name else (0.5, 0.0) if name.endswith("bias") else (0.2, 0.0)
         torch.nn.init.normal_(parameter, centre, scale)
     return model
 

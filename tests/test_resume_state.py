@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitrl.checkpoint import load_state, save_state
+from minitrl.checkpoint import _digest_of, _verified, load_state, save_state
 
 STATE = {"seed": 2**63 + 1, "loss": 0.1 + 0.2, "names": ["a", "ü"], "nested": {"none": None, "yes": True}, "7": "7"}
 
@@ -149,14 +149,12 @@ def test_broken_one_is_replaced_when_the_run_gets_there(tmp_path):
 
 def test_forged_file_name_is_not_followed(tmp_path):
     """A state.json with a right digest may still name a file elsewhere."""
-    from minitrl import checkpoint
-
     save(tmp_path, 4)
     path = tmp_path / "checkpoints" / "step_4" / "state.json"
     body = json.loads(path.read_text())
     del body["sha256"]
     body["files"]["../../secret.safetensors"] = {"size": 1, "sha256": "0"}
-    path.write_text(json.dumps({"sha256": checkpoint._digest_of(body), **body}))
+    path.write_text(json.dumps({"sha256": _digest_of(body), **body}))
     with pytest.raises(ValueError, match="names '../../secret.safetensors', which is no file of a checkpoint"):
         load_state(tmp_path)
 
@@ -178,6 +176,23 @@ def test_failed_save_leaves_the_older_ones(target, code, tmp_path, monkeypatch):
     assert_is(load_state(tmp_path), 2)
     save(tmp_path, 3, keep=1)  # and there is room again
     assert_is(load_state(tmp_path), 3)
+
+
+def test_failed_replacement_restores_what_was_there(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    rename, calls = os.rename, []
+
+    def fail_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(*arguments)
+
+    monkeypatch.setattr("os.rename", fail_second)
+    with pytest.raises(OSError, match="cannot save .*step_1"):
+        save_state(tmp_path, 1, {"model": {"new": torch.ones(1)}}, {})
+    assert_is(load_state(tmp_path), 1)
+    assert steps(tmp_path) == ["step_1"]
 
 
 def test_failure_that_is_no_disk_error_leaves_nothing_behind(tmp_path):
@@ -217,7 +232,8 @@ except OSError as error:
     assert_is(load_state(tmp_path), 1)
 
 
-@pytest.mark.parametrize("point", ["minitrl.checkpoint.save_file", "os.fsync", "os.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("point", ["minitrl.checkpoint.save_file", "os.fsync", "os.rename", "shutil.rmtree",
+                                   "os.unlink"])
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_killed_while_saving(point, call, tmp_path):
     """kill -9 at the n-th write, flush, rename or removal of saving step 3 with keep=1: a whole checkpoint remains."""
@@ -242,6 +258,8 @@ def test_killed_while_saving(point, call, tmp_path):
     step = load_state(tmp_path)[0]
     assert step in (2, 3)
     assert_is(load_state(tmp_path), step)
+    for name in (name for name in steps(tmp_path) if name.startswith("step_")):  # none is half removed either
+        _verified(tmp_path / "checkpoints" / name, int(name[5:]))
     save(tmp_path, 3, keep=1)
     assert steps(tmp_path) == ["step_3"]
     assert_is(load_state(tmp_path), 3)

@@ -2,12 +2,19 @@
 
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minitrl.tokenizer import Tokenizer, _Template, read_json
+
+MEMORY_LIMIT = None
+with suppress(ImportError):  # not on Windows
+    import resource
+
+    MEMORY_LIMIT = resource.getrlimit(resource.RLIMIT_AS)
 
 CHATML = (  # the shape of SmolLM2's: a default system message, one line
     "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -62,12 +69,17 @@ CONVERSATIONS = [
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """256 bytes and three special tokens: 256 <|endoftext|>, 257 <|im_start|>, 258 <|im_end|>."""
+    """256 bytes and three special tokens: 256 <|endoftext|>, 257 <|im_start|>, 258 <|im_end|>.
+
+    It would put 257 before every text, as Llama's puts its BOS: nothing here may let it.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
     return backend
 
 
@@ -88,6 +100,7 @@ def test_text_round_trips_and_nothing_is_added(tmp_path):
         ids = tokenizer.encode(text)
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
     assert tokenizer.vocab_size == 259
+    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
     assert tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 258]
     assert tokenizer.decode([*tokenizer.encode("a"), 258]) == "a"
     assert tokenizer.decode([*tokenizer.encode("a"), 258], skip_special_tokens=False) == "a<|im_end|>"
@@ -165,6 +178,17 @@ def test_template_sources(tmp_path):
         Tokenizer.load(write_folder(tmp_path / "none", {})).prompt_ids(message)
 
 
+def test_template_dialect():
+    """Blocks leave no blank lines behind, JSON is not escaped for HTML, and the tags that others know are known."""
+    source = ("{% for m in messages %}\n  {% if loop.index0 == 2 %}\n    {% break %}\n  {% endif %}\n{{ m | tojson }}\n"
+              "{% endfor %}\n{% generation %}{{ bos_token }}{% endgeneration %}{{ tools is none }}{{ x is defined }}"
+              "{{ strftime_now('%%') }}")
+    tokenizer = Tokenizer(byte_tokenizer(), [258], chat_template=source, special_tokens={"bos_token": "<s>"})
+    messages = [{"a": "<é>"}, {"b": 'x"&', "c": None}, {"d": 1}]
+    assert tokenizer.render(messages) == '{"a": "<é>"}\n{"b": "x\\"&"}\n<s>TrueFalse%'
+    assert messages[1] == {"b": 'x"&', "c": None}
+
+
 def test_template_refusal_is_one_clear_error():
     tokenizer = Tokenizer(byte_tokenizer(), [258], chat_template=QWEN_LIKE)
     with pytest.raises(ValueError, match="chat template fails on these messages: .*System message must come first"):
@@ -232,12 +256,16 @@ def test_hostile_template_ends_in_one_error(source, tmp_path, monkeypatch):
     ],
 )
 def test_template_cannot_fill_the_memory(source):
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(ValueError, match="MemoryError"):
         _Template(source).render(messages=[])
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert resource.getrlimit(resource.RLIMIT_AS) == MEMORY_LIMIT
+
+
+def test_bounds_are_of_one_rendering():
+    template = _Template("{% for a in range(60000) %}{% endfor %}{{ 2 ** 4000 > 1 }}")
+    assert [template.render(), template.render()] == ["True", "True"]
+    with pytest.raises(ValueError, match="more than 4,096 bits"):
+        _Template("{{ 2 ** 5000 }}").render()
 
 
 def test_step_count_cannot_be_rebound():
