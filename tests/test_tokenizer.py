@@ -262,7 +262,7 @@ def test_template_cannot_fill_the_memory(source):
 
 
 def test_bounds_are_of_one_rendering():
-    template = _Template("{% for a in range(60000) %}{% endfor %}{{ 2 ** 4000 > 1 }}")
+    template = _Template("{% for a in range(60000) %}{% endfor %}{{ 2 ** 2000 > 1 }}")
     assert [template.render(), template.render()] == ["True", "True"]
     with pytest.raises(ValueError, match="more than 4,096 bits"):
         _Template("{{ 2 ** 5000 }}").render()
