@@ -228,6 +228,7 @@ def test_table_fits_and_cannot_touch_the_terminal():
     assert len(lines) == 3 and all(_columns(line) <= 60 for line in lines)
     assert all(char.isprintable() for line in lines for char in line)
     assert "…" in lines[1] and "prompt: 1+1=" in lines[1] and r"\x1b[2J\u202exxx" in lines[1]
+    assert len(lines[2]) + lines[2].count("汉") + lines[2].count("字") <= 60  # each of these takes two columns
     assert r"short\n" in lines[2] and "汉字" in lines[2] and lines[2].startswith("  -0.250")
     assert {line.index("completion") for line in lines[:1]} == {_columns(lines[1].split(r"\x1b")[0])}
 
