@@ -224,8 +224,8 @@ def score(model, rollouts: Rollouts, plan, config: Config, world) -> tuple[Tenso
     logprobs_R, entropy_R = torch.zeros(len(rollouts.tokens_R)), torch.zeros(len(rollouts.tokens_R))
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
-        logprobs_T, entropy_T = model.logprobs(pack, pack.completion_T, config.temperature)
-        logprobs_R[index_C], entropy_R[index_C] = logprobs_T[pack.completion_T].cpu(), entropy_T[pack.completion_T].cpu()
+        scores = model.logprobs(pack, pack.completion_T, config.temperature)
+        logprobs_R[index_C], entropy_R[index_C] = (score_T[pack.completion_T].float().cpu() for score_T in scores)
     distributed.sum_([logprobs_R, entropy_R], world)
     return logprobs_R, entropy_R
 
@@ -268,7 +268,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         if not loss.isfinite():
             offending.append(batch)
         loss.backward()
-        new_R[index_C] = logprobs_T.detach()[mask_T].cpu()
+        new_R[index_C] = logprobs_T.detach()[mask_T].float().cpu()
         if on_policy:
             difference_C = new_R[index_C] - rollouts.sampler_logprobs_R[index_C]
             largest = torch.maximum(largest, difference_C.abs().max())
