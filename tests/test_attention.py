@@ -23,6 +23,7 @@ PACKS = {
     "many short": pack(zeros(*[1 + i % 3 for i in range(60)])),
     "one group": pack_groups(zeros(7), [zeros(1, 5, 12)]),
     "long prompt": pack_groups(zeros(130), [zeros(2, 33)]),
+    "several times 128": pack_groups(zeros(140), [zeros(260, 3, 129)]),
     "groups": pack_groups(zeros(3, 16, 1, 5), [zeros(4, 1), zeros(9, 9, 9), zeros(20), []]),
     "empty completions": pack_groups(zeros(4, 6), [zeros(0, 3, 0), zeros(0)]),
     "prompts at the end": pack(zeros(3, 8, 5, 2), [-1, -1, 0, 1]),
@@ -183,6 +184,16 @@ def test_segments_of_any_order_and_alone_give_the_same():
     for b, rows in enumerate(torch.arange(sum(lengths)).split(lengths)):
         alone = ours(q[rows], k[rows], v[rows], pack(zeros(lengths[b])))
         assert torch.allclose(alone, whole[b], rtol=0, atol=1e-13)
+
+
+def test_sampling_first_and_training_after():
+    """What is kept of a pack's layout while sampling, in inference mode, may serve a backward pass later."""
+    packed = pack_groups(zeros(11, 2), [zeros(5, 9), zeros(1)])  # a layout of its own, that no other test has
+    tensors = inputs(packed, 4, 2, 16)
+    with torch.inference_mode():
+        sampled = ours(*tensors[:3], packed)
+    check(ours, tensors, packed)
+    assert torch.equal(sampled, run(ours, *tensors, packed)["out"])
 
 
 def test_host_copies_are_a_courtesy():
