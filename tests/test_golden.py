@@ -15,7 +15,7 @@ from minitrl import checkpoint, grpo
 from minitrl.model import Model, ModelConfig
 from minitrl.tokenizer import Tokenizer
 
-LOSSES = [0.274738, 0.197504, -0.364252, -0.426164, -0.023189, -0.062808, 0.261752, 0.245444, 0.114237, 0.104578]
+LOSSES = [0.037929, 0.077331, 0.012088, -0.307993, -0.362535, -0.377233, -0.082509, -0.132901, -0.162724, 0.203906]
 VOCABULARY = 24
 SHAPE = {
     "model_type": "qwen3",
@@ -33,12 +33,14 @@ SHAPE = {
 OPTIONS = {
     "prompts_per_step": 3,
     "num_generations": 4,
-    "num_iterations": 2,
+    "num_iterations": 3,
     "max_prompt_length": 4,
     "max_completion_length": 12,
     "tokens_per_microbatch": 48,
-    "beta": 0.04,
-    "learning_rate": 1e-3,
+    "temperature": 0.9,
+    "beta": 0.1,
+    "max_grad_norm": 0.5,
+    "learning_rate": 5e-3,
     "adam_epsilon": 1e-3,  # at 1e-8 a gradient that is all rounding moves its weight as far as any other
     "max_steps": 10,
     "dtype": "float32",
