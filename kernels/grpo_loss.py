@@ -1,21 +1,24 @@
 """The clipped GRPO objective on packed tokens, one formula for every loss type.
 
-With log-ratio d_t = log pi(t) - log pi_old(t), ratio r_t = exp(d_t) (importance_sampling_level "token"), or r_t = exp(mean of d over
-the token's sequence) ("sequence": GSPO, arXiv 2507.18071 eq. 7), advantage A, and clip(r) = min(max(r, 1 - epsilon), 1 + epsilon_high):
+With log-ratio d_t = log pi(t) - log pi_old(t), the ratio is r_t = exp(d_t) (importance_sampling_level "token"), or
+r_t = exp(mean of d over the token's sequence) ("sequence": GSPO, arXiv 2507.18071 eq. 7). With advantage A and
+clip(r) = min(max(r, 1 - epsilon), 1 + epsilon_high), a token's loss is
 
-    surrogate   l_t = -min( min(r_t, delta) A,  clip(r_t) A )              grpo, bnpo, dr_grpo, dapo    (PPO eq. 7; delta: INTELLECT-2)
-                l_t = -stop_gradient(min(r_t, epsilon_high)) A log pi(t)   cispo                        (arXiv 2506.13585 eq. 4)
-    penalty     l_t += beta k_t,  k_t = [r_t] (exp(e_t) - e_t - 1),  e_t = log pi_ref(t) - log pi(t)    k3, Schulman; [r_t] if corrected
-    bonus       L  -= entropy_coef  sum_t H_t / tokens
+    l_t = -min( min(r_t, delta) A,  clip(r_t) A )              grpo, bnpo, dr_grpo, dapo   PPO eq. 7; delta: INTELLECT-2
+    l_t = -stop_gradient(min(r_t, epsilon_high)) A log pi(t)   cispo                       arXiv 2506.13585 eq. 4
+    l_t += beta k_t,  k_t = [r_t] (exp(e_t) - e_t - 1),  e_t = log pi_ref(t) - log pi(t)   Schulman's k3; [r_t] where
+                                                               use_bias_correction_kl is on
+    and from the sum over tokens, divided as below, goes the bonus  entropy_coef sum_t H_t / tokens
 
-What it is divided by, counted over all micro-batches and ranks before the first backward:
+What it is divided by is counted over all micro-batches and ranks before the first backward:
 
     dapo, cispo   sum_t l_t / tokens                               every token weighs the same
     grpo          sum_i (sum_t l_t / |o_i|) / sequences            every sequence weighs the same
     dr_grpo       sum_t l_t / (sequences * max_completion_length)  arXiv 2503.20783
-    bnpo          sum_t l_t / (tokens of this micro-batch) / micro_batches    TRL 0.16.0's loss: depends on how the batch is split
+    bnpo          sum_t l_t / (this micro-batch's tokens) / micro_batches    TRL 0.16.0's, which depends on the split
 
-Per token the least traffic is 5 floats in (log-probs new, old and reference, advantage, entropy), 1 byte of mask, and 2 floats of gradient out.
+Least traffic per token: 5 floats in (log-probs new, old and reference, advantage, entropy), 1 byte of mask, 2 floats of
+gradient out.
 """
 
 import torch
@@ -49,8 +52,8 @@ def grpo_loss_reference(
 ):
     """The objective of a micro-batch, in plain PyTorch; autograd gives the gradient.
 
-    Arguments are those of `minitrl.losses.grpo_loss`. Returns (loss, metrics): the loss is this micro-batch's share of the step's loss, and each
-    metric its share of the step's token mean, so that both add up over micro-batches and ranks.
+    Arguments are those of `minitrl.losses.grpo_loss`. Returns (loss, metrics): the loss is this micro-batch's share of
+    the step's loss, and each metric its share of the step's token mean: both add up over micro-batches and ranks.
     """
     # `where` before any exp: what stands at masked positions (padding, prompts) may be NaN and must not reach the sums.
     zero = logprobs_T.new_zeros(())
@@ -61,7 +64,8 @@ def grpo_loss_reference(
     tokens = max(1, int(mask_T.sum()) if tokens is None else tokens)
 
     if segments_T is not None:
-        lengths = mask.new_zeros(int(segments_T[-1]) + 1 if len(segments_T) else 0).index_add(0, segments_T, mask)  # |o_i|
+        segments = int(segments_T[-1]) + 1 if len(segments_T) else 0
+        lengths = mask.new_zeros(segments).index_add(0, segments_T, mask)  # |o_i|
         sequences = max(1, int((lengths > 0).sum()) if sequences is None else sequences)
         lengths_T = lengths.clamp(min=1)[segments_T]
     if importance_sampling_level == "sequence":

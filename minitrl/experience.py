@@ -1,7 +1,8 @@
 """From prompts to rollouts with advantages: generate, score, compare. What GRPO and PPO share.
 
-Every rank generates and scores its own share of the prompts; then all ranks hold the whole step, so that statistics over the step and its
-division into micro-batches are the same computation everywhere, and no result depends on how many ranks there are.
+Every rank generates and scores its own share of the prompts; then all ranks hold the whole step, so that statistics
+over the step and its division into micro-batches are the same computation everywhere, and no result depends on how
+many ranks there are.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ from .packing import Pack, pack_groups
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A step's prompts, completions and what is known of them. Completions lie in prompt order; R is the sum of their lengths.
+    """A step's prompts, completions and what is known of them. Completions lie in prompt order; R sums their lengths.
 
     Tensors only, on the CPU, so that a checkpoint can hold them; `prompt` and `completion` give one out.
     """
@@ -59,7 +60,7 @@ class Rollouts:
         return len(self.prompt_tokens) + len(self.tokens_R)
 
     def pack(self, micro_batch, device="cpu") -> tuple[Pack, Tensor]:
-        """A micro-batch [(p, [g, ...]), ...] as a Pack, and for its completion tokens in pack order their indices in R (int64)."""
+        """A micro-batch [(p, [g, ...]), ...] as a Pack, and where in R its completion tokens stand, int64, in pack order."""
         prompts = [self.prompt(p) for p, _ in micro_batch]
         completions = [[self.completion(p, g) for g in members] for p, members in micro_batch]
         spans = [self.span(p, g) for p, members in micro_batch for g in members]
@@ -81,10 +82,11 @@ def weighted_rewards(rewards_NF: Tensor, weights_F: Tensor) -> Tensor:
 
 
 def advantages(rewards_PG: Tensor, scale_rewards: str = "group") -> Tensor:
-    """(P, G) advantages: reward minus its group's mean, over the standard deviation of the group, of the batch, or over nothing.
+    """(P, G) advantages: reward minus its group's mean, over the deviation of the group, of the batch, or over 1.
 
-    TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added). Samples without a reward (NaN) are left out of mean and
-    deviation and get 0. A group whose rewards are all equal gets exactly 0, where rounding would leave 1e-8 / 1e-4.
+    TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added). Samples without a reward
+    (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal gets exactly 0, where
+    rounding would leave 1e-8 / 1e-4.
     """
     rewards = rewards_PG.double()
     centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(nan=0.0)
@@ -96,14 +98,14 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group") -> Tensor:
 
 
 def deviations(rewards_PG: Tensor) -> Tensor:
-    """(P,) float64 unbiased standard deviation of each group's rewards, NaN left out; NaN where fewer than two are there."""
+    """(P,) float64 unbiased deviation of each group's rewards, NaN left out; NaN where fewer than two are there."""
     rewards = rewards_PG.double()
     squares = (rewards - rewards.nanmean(1, keepdim=True)).square()
     return (squares.nansum(1) / ((~rewards.isnan()).sum(1) - 1).clamp(min=0)).sqrt()
 
 
 def has_signal(rewards_PG: Tensor) -> Tensor:
-    """(P,) bool: whether two samples of the group got different rewards. Without that no policy gradient comes from the group."""
+    """(P,) bool: whether two samples of the group got different rewards. Without that it gives no policy gradient."""
     highest = rewards_PG.nan_to_num(nan=-torch.inf).amax(1)
     lowest = rewards_PG.nan_to_num(nan=torch.inf).amin(1)
     return highest > lowest
@@ -114,14 +116,17 @@ def generate_and_score(
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
-    rows: P rows of `data.load_prompts`, the same on every rank.   seeds: P ints; a completion depends on its prompt's seed and its own number.
-    functions, weights: the rewards (`rewards.load_rewards`) and their weights.   sampling: keyword arguments of `Engine.generate`.
+    rows: P rows of `data.load_prompts`, the same on every rank.
+    seeds: P ints; a completion depends on its prompt's seed and its own number.
+    functions, weights: the rewards (`rewards.load_rewards`) and their weights.
+    sampling: keyword arguments of `Engine.generate`.
     overlong: (max_completion_length, cache) adds `rewards.overlong_penalty` to the rewards.
     """
     P, G = len(rows), num_generations
     first, last = P * world.rank // world.size, P * (world.rank + 1) // world.size
     mine = rows[first:last]
-    groups = engine.generate([row["prompt_ids"] for row in mine], n=G, seed=seeds[first:last], **sampling) if mine else []
+    prompts = [row["prompt_ids"] for row in mine]
+    groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
     completions = [completion for group in groups for completion in group]
     repeated = [row for row in mine for _ in range(G)]
     names = repeated[0]["columns"] if repeated else {}

@@ -1,7 +1,7 @@
 """Packs: sequences of unequal length on one axis, without padding, each prompt standing once.
 
-Legend, here and everywhere: B segments in a pack, T packed tokens, P prompts, G completions per prompt, N = P * G completions,
-D width, H query heads, K key/value heads, E head size, F feed-forward width, V vocabulary.
+Legend, here and everywhere: B segments in a pack, T packed tokens, P prompts, G completions per prompt, N = P * G
+completions, D width, H query heads, K key/value heads, E head size, F feed-forward width, V vocabulary.
 
 A group of one prompt and two completions, and a second prompt with one completion, make one pack of B = 5 segments:
 
@@ -11,8 +11,9 @@ A group of one prompt and two completions, and a second prompt with one completi
     predictors_T | -1  0  1 |  2  3 |  2  5  6 | -1  8 |  9 10 |
     prefixes_B   |    -1    |   0   |    0     |  -1   |   3   |
 
-A completion attends to its prompt and to itself; both a0 and b0 are predicted at p2. `predictors_T` is the one place where the shift
-from predicted token to predicting position is made: every per-token tensor has length T, and its index t speaks about token t.
+A completion attends to its prompt and to itself; both a0 and b0 are predicted at p2. `predictors_T` is the one place
+where the shift from predicted token to predicting position is made: every per-token tensor has length T, and its index
+t speaks about token t.
 """
 
 import bisect
@@ -51,7 +52,8 @@ class Pack:
 def pack(sequences, prefixes=None, device="cpu") -> Pack:
     """Concatenate id lists into a Pack. `prefixes[b]` is the segment that stands in front of segment b, or -1.
 
-    A prefix is an earlier segment that has no prefix itself, and it may not be empty: something has to predict the first token behind it.
+    A prefix is an earlier segment that has no prefix itself, and it may not be empty: something has to predict the
+    first token behind it.
     """
     prefixes = tuple(prefixes) if prefixes is not None else (-1,) * len(sequences)
     assert len(prefixes) == len(sequences), f"{len(prefixes)} prefixes for {len(sequences)} sequences"
@@ -62,7 +64,8 @@ def pack(sequences, prefixes=None, device="cpu") -> Pack:
     predictors = np.arange(-1, total - 1, dtype=np.int64)
     for b, (sequence, prefix) in enumerate(zip(sequences, prefixes)):
         start, end = starts[b], starts[b + 1]
-        assert prefix < b and (prefix < 0 or (prefixes[prefix] < 0 and lengths[prefix])), f"segment {b} has a bad prefix {prefix}"
+        sound = prefix < 0 or (prefix < b and prefixes[prefix] < 0 and lengths[prefix] > 0)
+        assert sound, f"segment {b} has a bad prefix {prefix}"
         tokens[start:end] = sequence
         positions[start:end] = np.arange(end - start) + (lengths[prefix] if prefix >= 0 else 0)
         if end > start:
@@ -81,7 +84,7 @@ def pack(sequences, prefixes=None, device="cpu") -> Pack:
 
 
 def pack_groups(prompts, completions, device="cpu") -> Pack:
-    """Prompt 0, its completions, prompt 1, its completions, ...: `completions[p]` is the list of prompt p's id lists."""
+    """Prompt 0, its completions, prompt 1, its completions, ...; `completions[p]` lists those of prompt p."""
     sequences, prefixes = [], []
     for prompt, answers in zip(prompts, completions, strict=True):
         prefixes += [-1] + [len(sequences)] * len(answers)
@@ -97,8 +100,9 @@ def unpack(values_T: Tensor, pack: Pack) -> list[Tensor]:
 def pack_lengths(lengths, capacity: int, strategy: str = "bfd"):
     """Best-fit-decreasing bin packing: the bin of each document (int64 array), and how many bins there are.
 
-    Longest first, each document goes into the fullest bin that still takes it, so every bin but an over-long document's own holds at
-    most `capacity` tokens. A document longer than `capacity` stands alone: whether to refuse or cut it is the caller's decision.
+    Longest first, each document goes into the fullest bin that still takes it, so every bin but an over-long document's
+    own holds at most `capacity` tokens. A document longer than `capacity` stands alone: whether to refuse or cut it is
+    the caller's decision.
     """
     if strategy != "bfd":
         raise ValueError(f"packing strategy {strategy!r} is unknown; choose 'bfd'")
@@ -124,10 +128,12 @@ def pack_lengths(lengths, capacity: int, strategy: str = "bfd"):
 def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks: int = 1):
     """Divide P groups over ranks and micro-batches of at most `capacity` tokens.
 
-    prompt_lengths: P ints. completion_lengths: per prompt the lengths of the completions to train on (an empty list leaves the prompt out).
-    Returns, per rank, a list of micro-batches; a micro-batch is a list of (p, [g, ...]). A group that is too big for one micro-batch is cut
-    into parts, and its prompt stands once in each. One sequence longer than `capacity` makes a micro-batch of its own.
-    Parts go to the rank with the fewest tokens so far, longest first, which is within a few per cent of the best division.
+    prompt_lengths: P ints.
+    completion_lengths: per prompt the lengths of the completions to train on; an empty list leaves the prompt out.
+    Returns, per rank, a list of micro-batches; a micro-batch is a list of (p, [g, ...]). A group that is too big for
+    one micro-batch is cut into parts, and its prompt stands once in each. One sequence longer than `capacity` makes a
+    micro-batch of its own.
+    Parts go to the rank with the fewest tokens so far, longest first: within a few per cent of the best division.
     """
     parts = []  # (tokens, p, [g, ...])
     for p, (prompt, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
