@@ -1,16 +1,35 @@
-"""Causal attention on packed tokens, with grouped query heads, a sliding window, and prompts that are shared by their completions.
+"""Causal attention on packed tokens: grouped query heads, a sliding window, and prompts shared by their completions.
 
 Segment b with prefix p attends to all of segment p, and causally to itself:
 
-    o_i = sum_j softmax_j( scale q_i . k_j ) v_j,     j in prefix(b) or (j in b and j <= i),     position(i) - position(j) < window
+    o_i = sum_j p_ij v_j        p_i = softmax_j( scale q_i . k_j )        over j in prefix(b), or in b and j <= i,
+                                                                         with position(i) - position(j) < window
 
-so a group's prompt is computed once however many completions follow it. Least traffic: q, k, v in and o out, once.
-FLOPs forward: 4 E H per (query, key) pair that is attended to; backward 2.5 times that.
+so a group's prompt is computed once however many completions follow it. With upstream gradient do:
+
+    dv_j = sum_i p_ij do_i                  ds_ij = p_ij (do_i . v_j - sum_l p_il do_i . v_l)
+    dq_i = scale sum_j ds_ij k_j            dk_j = scale sum_i ds_ij q_i
+
+The backward pass computes the shares again.
+Least traffic: q, k, v in and o out, once. FLOPs forward: 4 E H per (query, key) pair; backward 2.5 times that.
+
+On a CPU what costs is many small calls, and PyTorch's own backward pass in bfloat16. So there the work is cut into
+units, at most QUERIES queries of one segment with all keys that they may see, and units of about the same size are
+computed together as one tile: their rows gathered side by side, short ones padded, in products batched over units and
+key heads. How a pack is cut is worked out once for all layers.
 """
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+QUERIES = 128  # of a unit: the more, the more scores are computed only to be masked
+SCORES = 2**20  # of a tile, over all heads: what stays in cache
 
 
 def attention_reference(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengths=None, prefixes=None):
@@ -18,6 +37,7 @@ def attention_reference(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=N
     lengths = cu_seqlens.diff().tolist() if lengths is None else lengths
     prefixes = prefixes_B.tolist() if prefixes is None else prefixes
     qs, ks, vs = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))  # (heads, tokens, E) per segment
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     outs = []
     for b, (length, prefix) in enumerate(zip(lengths, prefixes)):
         keys, values, behind = ks[b], vs[b], 0
@@ -27,18 +47,136 @@ def attention_reference(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=N
         mask, causal = None, behind == 0
         if behind or (window is not None and length > window):
             mask, causal = visible(length, behind, window, q.device), False
-        outs.append(
-            F.scaled_dot_product_attention(
-                qs[b][None], keys[None], values[None], attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )[0]
-        )
+        out = F.scaled_dot_product_attention(qs[b][None], keys[None], values[None], mask, is_causal=causal, **options)
+        outs.append(out[0])
     return torch.cat(outs, dim=1).transpose(0, 1) if outs else torch.empty_like(q)
 
 
 def visible(length: int, behind: int, window: int | None, device) -> Tensor:
-    """(length, behind + length) bool: which keys, `behind` of them in front of the segment, each of its queries may see."""
-    distance = torch.arange(behind, behind + length, device=device)[:, None] - torch.arange(behind + length, device=device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    """(length, behind + length) bool: which keys, `behind` of them before the segment, each of its queries may see."""
+    places = torch.arange(behind + length, device=device)
+    back = places[behind:, None] - places
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+class Unit(NamedTuple):
+    """Some queries of one segment and the keys that they see, by where these stand in the pack."""
+
+    keys: int  # how many
+    queries: int
+    query_at: int  # the first query's token
+    prefix_at: int  # the prefix's first token
+    own_at: int  # the segment's first token, less the prefix's length
+    behind: int  # the prefix's length
+    skipped: int  # how many keys are out of the window of all queries
+
+
+class Tile(NamedTuple):
+    """U units computed together, padded to M queries and N keys each. Rows are those of (T * K, ...) matrices."""
+
+    query_rows: Tensor  # int64 (U * K * M,)
+    out_rows: Tensor  # the same, but padding goes to row T * K, which is no token's
+    key_rows: Tensor  # int64 (U * K * N,)
+    bias: Tensor  # float32 (U, 1, M, 1, N), 0 where the query sees the key, else -inf
+
+
+@lru_cache(maxsize=8)
+def tiles(lengths: tuple, prefixes: tuple, window: int | None, heads: int, kv_heads: int) -> list[Tile]:
+    """Cut a pack into tiles."""
+    starts, units, groups = [0, *accumulate(lengths)], [], []
+    for b, (length, prefix) in enumerate(zip(lengths, prefixes)):
+        behind = lengths[prefix] if prefix >= 0 else 0
+        for first in range(0, length, QUERIES):
+            end = min(first + QUERIES, length)
+            skipped = 0 if window is None else max(0, behind + first - window + 1)
+            at = starts[b] + first, starts[prefix], starts[b] - behind
+            units.append(Unit(behind + end - skipped, end - first, *at, behind, skipped))
+    for unit in sorted(units, reverse=True):
+        if groups and _fits(unit, groups[-1], heads):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    with torch.inference_mode(False):  # made while sampling, they may serve a backward pass
+        return [_tile(group, window, kv_heads, starts[-1]) for group in groups]
+
+
+def _fits(unit: Unit, group: list[Unit], heads: int) -> bool:
+    """Whether a unit may join the group: its tile stays in cache, and padding at most doubles the unit's scores."""
+    padded = group[0].keys * max(other.queries for other in [*group, unit])
+    return (len(group) + 1) * padded * heads <= SCORES and padded <= 2 * unit.keys * unit.queries
+
+
+def _tile(units: list[Unit], window: int | None, kv_heads: int, tokens: int) -> Tile:
+    keys, queries, query_at, prefix_at, own_at, behind, skipped = torch.tensor(units).t()[:, :, None]  # (U, 1) each
+    m, n = torch.arange(queries.max()), torch.arange(keys.max())
+    query, key = torch.minimum(m, queries - 1), torch.minimum(n, keys - 1)  # padding repeats the last of the unit's own
+    places = key + skipped
+    key_tokens = torch.where(places < behind, prefix_at, own_at) + places
+    back = (keys - queries + query)[:, :, None] - n  # (U, M, N), how far back from the query the key stands
+    hidden = (back < 0) | (back >= window) if window is not None else back < 0
+    bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, :, None]
+    heads = torch.arange(kv_heads)[:, None]
+    query_rows, key_rows = (x[:, None] * kv_heads + heads for x in (query_at + query, key_tokens))
+    out_rows = torch.where((m < queries)[:, None], query_rows, tokens * kv_heads)
+    return Tile(query_rows.flatten(), out_rows.flatten(), key_rows.flatten(), bias)
+
+
+class TiledAttention(torch.autograd.Function):
+    """The formulas above, tile by tile. A row of q holds the H / K query heads that read one key head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, tiles, scale):
+        (T, H, E), K = q.shape, k.shape[1]
+        q_rows, k_rows, v_rows = q.reshape(T * K, H // K * E), k.reshape(T * K, E), v.reshape(T * K, E)
+        out = q_rows.new_empty(T * K + 1, q_rows.shape[1])  # the last row is for padding
+        for tile in tiles:
+            batch = len(tile.bias) * K
+            queries = q_rows.index_select(0, tile.query_rows).view(batch, -1, E)
+            keys, values = (x.index_select(0, tile.key_rows).view(batch, -1, E) for x in (k_rows, v_rows))
+            shares, total = _softmax(queries, keys, tile.bias, scale)
+            means = torch.bmm(shares.to(q.dtype), values).div_(total)
+            out.index_copy_(0, tile.out_rows, means.view(len(tile.out_rows), -1))
+        ctx.save_for_backward(q, k, v)
+        ctx.tiles, ctx.scale = tiles, scale
+        return out[:-1].view(T, H, E)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v = ctx.saved_tensors
+        (T, H, E), K = q.shape, k.shape[1]
+        q_rows, k_rows, v_rows = q.reshape(T * K, H // K * E), k.reshape(T * K, E), v.reshape(T * K, E)
+        d_out = F.pad(d_out.reshape(q_rows.shape), (0, 0, 0, 1))  # padding gets no gradient, so it gives none
+        dq = torch.empty_like(d_out)
+        dk, dv = (torch.zeros_like(k_rows, dtype=_stat_dtype(k)) for _ in range(2))
+        for tile in ctx.tiles:
+            batch = len(tile.bias) * K
+            queries = q_rows.index_select(0, tile.query_rows).view(batch, -1, E)
+            keys, values = (x.index_select(0, tile.key_rows).view(batch, -1, E) for x in (k_rows, v_rows))
+            d_means = d_out.index_select(0, tile.out_rows).view(batch, -1, E)
+            shares, total = _softmax(queries, keys, tile.bias, ctx.scale)
+            shares.div_(total)
+            d_values = torch.bmm(shares.to(q.dtype).transpose(1, 2), d_means)
+            d_scores = torch.bmm(d_means, values.transpose(1, 2)).to(shares.dtype).mul_(shares)
+            d_scores = d_scores.addcmul_(shares, d_scores.sum(-1, keepdim=True), value=-1).to(q.dtype)
+            d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
+            dq.index_copy_(0, tile.out_rows, torch.bmm(d_scores, keys).view(len(tile.out_rows), -1))
+            dk.index_add_(0, tile.key_rows, d_keys.view(-1, E).to(dk.dtype))
+            dv.index_add_(0, tile.key_rows, d_values.view(-1, E).to(dv.dtype))
+        dq, dk = dq[:-1].mul_(ctx.scale), dk.mul_(ctx.scale)
+        return dq.view(T, H, E), dk.view(T, K, E).to(k.dtype), dv.view(T, K, E).to(v.dtype), None, None
+
+
+def _softmax(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Exponentials of scores less their largest, (U * K, M * H / K, N) float32, and their sums over the keys."""
+    scores = torch.bmm(queries, keys.transpose(1, 2)).to(_stat_dtype(queries))
+    by_query = scores.view(len(bias), -1, bias.shape[2], scores.shape[1] // bias.shape[2], scores.shape[2])
+    torch.add(bias, by_query, alpha=scale / math.log(2), out=by_query)
+    exponentials = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()  # on a CPU exp2 is 2.5 times as fast as exp
+    return exponentials, exponentials.sum(-1, keepdim=True)
+
+
+def _stat_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def attention(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengths=None, prefixes=None) -> Tensor:
@@ -50,4 +188,10 @@ def attention(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengt
     lengths, prefixes: the host's copies of the two integer tensors, so that nothing waits for the device.
     Returns (T, H, E) in q's dtype.
     """
-    return attention_reference(q, k, v, cu_seqlens, prefixes_B, scale=scale, window=window, lengths=lengths, prefixes=prefixes)
+    if q.device.type != "cpu":
+        options = {"scale": scale, "window": window, "lengths": lengths, "prefixes": prefixes}
+        return attention_reference(q, k, v, cu_seqlens, prefixes_B, **options)
+    lengths = tuple(cu_seqlens.diff().tolist() if lengths is None else lengths)
+    prefixes = tuple(prefixes_B.tolist() if prefixes is None else prefixes)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return TiledAttention.apply(q, k, v, tiles(lengths, prefixes, window, q.shape[1], k.shape[1]), scale)

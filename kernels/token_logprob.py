@@ -1,24 +1,38 @@
-"""Hidden states -> log-prob of the chosen token and entropy of its distribution, without ever holding the (T, V) logits.
+"""Hidden states -> log-prob of the chosen token and entropy of its distribution, never holding the (T, V) logits.
 
-With z = x W^T / temperature, lse = log sum_v exp z_v, p = exp(z - lse), chosen token y, and upstream gradients g (log-prob) and h (entropy):
+With z = x W^T / temperature, lse = log sum_v exp z_v, p = exp(z - lse), chosen token y:
 
     log-prob = z_y - lse            entropy = lse - sum_v p_v z_v
-    d z_v = g ([v = y] - p_v) - h p_v (log p_v + entropy)        dX = dZ W / temperature        dW = dZ^T X / temperature
 
-The forward pass keeps lse and entropy, 8 bytes a token; the backward pass computes the logits of a chunk again. Least traffic forward: X and W once.
-FLOPs: 2 T V D forward, 6 T V D backward. Statistics are float32 whatever X and W are (float64 for float64).
+and with upstream gradients g (of the log-prob) and h (of the entropy):
+
+    dz_v = g ([v = y] - p_v) - h p_v (log p_v + entropy)     dX = dZ W / temperature     dW = dZ^T X / temperature
+
+Logits exist one tile at a time, ROWS tokens by COLUMNS of the vocabulary. Forward, each split of the columns leaves
+three numbers a token: its largest logit m_c, s_c = sum exp(z - m_c), and that sum weighted by z - m_c; they are put
+together under the overall maximum m. Kept for the backward pass are m, lse - m and the entropy, 12 bytes a token; it
+computes each tile of logits again.
+
+Exponentials are taken to base 2, 2.5 times as fast on a CPU. Statistics are float32 whatever X and W are (float64 for
+float64). Least traffic forward: X and W once. FLOPs: 2 T V D forward, 6 T V D backward.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from .linear import product
+
 IGNORE = -100  # the target of a position that is not scored
-CHUNK = 256  # rows of logits held at a time: CHUNK * V floats
+ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+LN2 = math.log(2)
 
 
 def token_logprob_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
     """The same in five lines with whole logits: the truth that tests compare with."""
-    logprobs_TV = (torch.nn.functional.linear(hidden_TD, weight_VD).to(stat_dtype(hidden_TD)) / temperature).log_softmax(-1)
+    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD).to(stat_dtype(hidden_TD)) / temperature
+    logprobs_TV = logits_TV.log_softmax(-1)
     scored_T = targets_T != IGNORE
     logprobs_T = logprobs_TV.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
@@ -30,54 +44,87 @@ def stat_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class ChunkedTokenLogprob(torch.autograd.Function):
-    """Chunks of rows, logits in place, recomputed in the backward pass."""
+def blocks(size: int, step: int):
+    """Slices that cover range(size)."""
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """The rows whose target stands in these columns, and where in them."""
+    rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero()[:, 0]
+    return rows, targets[rows] - columns.start
+
+
+class TiledTokenLogprob(torch.autograd.Function):
+    """The formulas above, in place where they can be. Columns are the outer loop, so that W is read once."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        dtype = stat_dtype(hidden)
-        logprobs, entropy, lse = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(3))
-        for start in range(0, len(hidden), CHUNK):
-            rows = slice(start, start + CHUNK)
-            z = (hidden[rows] @ weight.t()).to(dtype).div_(temperature)
-            highest = z.amax(-1, keepdim=True)  # z - max is exact where it matters, z - lse is rounded as lse is
-            p = z.sub_(highest).exp()
-            total = p.sum(-1)
-            lse[rows] = highest[:, 0] + total.log()
-            logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - total.log()
-            entropy[rows] = total.log() - p.mul_(z).sum(-1) / total
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
+        scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
+        highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
+        chosen = hidden.new_empty(T, dtype=dtype)
+        for c, columns in enumerate(blocks(V, COLUMNS)):
+            for rows in blocks(T, ROWS):
+                z = product(hidden[rows], weight[columns]).to(dtype)
+                mine, y = targets_within(targets[rows], columns)
+                chosen[rows][mine] = z[mine, y]
+                highest[c, rows] = z.amax(-1)
+                z.sub_(highest[c, rows, None]).mul_(scale)  # the difference first: it is exact where it matters
+                e = z.exp2()
+                total[c, rows] = e.sum(-1)
+                weighted[c, rows] = e.mul_(z).sum(-1)
+        shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
+        highest, factor = highest.amax(0), shift.exp2()
+        weighted = (factor * (weighted + shift * total)).sum(0)
+        total = (factor * total).sum(0)
+        logprobs = (chosen - highest) / temperature - total.log()
+        entropy = total.log() - LN2 * weighted / total
+        ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy)
         ctx.temperature = temperature
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, g, h):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=stat_dtype(hidden), device=weight.device)
+        all_hidden, weight, *saved = ctx.saved_tensors
         live = ((g != 0) | (h != 0)).nonzero()[:, 0]  # rows without upstream gradient (masked, clipped) cost nothing
-        for rows in live.split(CHUNK):
-            x, y, g_rows, h_rows = hidden[rows], targets[rows, None], g[rows, None], h[rows, None]
-            logp = (x @ weight.t()).to(lse.dtype).div_(ctx.temperature).sub_(lse[rows, None])
-            p = logp.exp()
-            total = p.sum(-1, keepdim=True)  # 1 but for the rounding of lse, which a row's numbers share: divide it out
-            dz = logp.add_(entropy[rows, None] - total.log()).mul_(h_rows / total).add_(g_rows / total).mul_(p).neg_()
-            dz.scatter_add_(1, y, g_rows)
-            dz = dz.div_(ctx.temperature).to(weight.dtype)
-            d_hidden[rows] = dz @ weight
-            d_weight += dz.t() @ x
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        rows_of = (x.index_select(0, live) for x in (all_hidden, *saved, g, h))
+        hidden, targets, highest, log2_total, entropy, g, h = rows_of
+        dtype, scale = entropy.dtype, 1 / (ctx.temperature * LN2)
+        g, h = g / -ctx.temperature, h / -ctx.temperature
+        entropy_counts = bool(h.any())
+        d_hidden, d_weight = hidden.new_zeros(hidden.shape, dtype=dtype), torch.empty_like(weight)
+        for columns in blocks(len(weight), COLUMNS):
+            w = weight[columns]
+            dw = w.new_zeros(w.shape, dtype=dtype)
+            for rows in blocks(len(hidden), ROWS):
+                x = hidden[rows]
+                z = product(x, w).to(dtype)
+                log2_p = z.sub_(highest[rows, None]).mul_(scale).sub_(log2_total[rows, None])
+                dz = log2_p.exp2()
+                if entropy_counts:
+                    dz.mul_(log2_p.mul_(LN2 * h[rows, None]).add_((g + h * entropy)[rows, None]))
+                else:
+                    dz.mul_(g[rows, None])
+                mine, y = targets_within(targets[rows], columns)
+                dz[mine, y] -= g[rows][mine]
+                dz = dz.to(w.dtype)
+                d_hidden[rows] += product(dz, w.t())
+                dw += product(dz.t(), x.t())
+            d_weight[columns] = dw
+        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
 
 
 def token_logprob(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
     """Log-prob of each target and entropy of its distribution under softmax(hidden weight^T / temperature).
 
-    hidden_TD: (T, D) the states that predict the targets.   weight_VD: (V, D).   targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
-    Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients to hidden and weight.
+    hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
+    targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
+    Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
-        return ChunkedTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
-    logprobs, entropy = ChunkedTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
+    logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)

@@ -1,13 +1,16 @@
 """One decoder for Llama, Mistral, Qwen2 and Qwen3 checkpoints, on packed tokens.
 
     x = embed(tokens)
-    per layer:  x += o_proj(attend(rope(q), rope(k), v))      q, k, v = split(qkv_proj(rms_norm(x))), Qwen3 normalises q and k per head
-                x += down_proj(silu(gate) * up)               gate, up = split(gate_up_proj(rms_norm(x)))
-    hidden = rms_norm(x);  logits = hidden @ head^T           which only `logits` computes: training and sampling go through kernels/
+    per layer:  q, k, v = split(qkv_proj(rms_norm(x)))        Qwen3 normalises q and k per head
+                x += o_proj(attend(rope(q), rope(k), v))
+                gate, up = split(gate_up_proj(rms_norm(x)))
+                x += down_proj(silu(gate) * up)
+    hidden = rms_norm(x);  logits = hidden @ head^T           only in `logits`: training goes through token_logprob
 
-There is one forward pass. What differs between training, prefill and decoding is the function `attend` that it is given: attention over a
-pack, or the same with keys and values written to and read from a cache. The q, k, v and the gate, up matrices are stored as one matrix each,
-since a few large products are faster than many small ones; `hf_tensors` says which rows of ours are which tensor of a checkpoint.
+There is one forward pass. What differs between training, prefill and decoding is the function `attend` that it is
+given: attention over a pack, or the same with keys and values written to and read from a cache. The q, k, v and the
+gate, up matrices are stored as one matrix each, since a few large products are faster than many small ones;
+`hf_tensors` says which rows of ours are which tensor of a checkpoint.
 """
 
 import math
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
+from .kernels.linear import linear
 from .kernels.token_logprob import token_logprob
 from .packing import Pack, pack
 
@@ -60,15 +64,21 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, source: dict) -> "ModelConfig":
-        """Read a config.json's dictionary, in transformers' old and new spelling. Raises ValueError for what this decoder does not compute."""
+        """Read a config.json's dictionary, in transformers' old and new spelling.
+
+        Raises ValueError for what this decoder does not compute.
+        """
         model_type = source.get("model_type")
         if model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise ValueError(f"config.json: model_type {model_type!r} is not supported; minitrl has one decoder for {known}")
-        architectures = source.get("architectures") or [ARCHITECTURES[model_type]]
-        if architectures != [ARCHITECTURES[model_type]]:
-            raise ValueError(f"config.json: architectures {architectures} is not supported; expected {ARCHITECTURES[model_type]!r}")
-        required = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+            raise ValueError(f"config.json: model_type {model_type!r} is not supported; known are {known}")
+        expected = ARCHITECTURES[model_type]
+        architectures = source.get("architectures") or [expected]
+        if architectures != [expected]:
+            raise ValueError(f"config.json: architectures {architectures} is not supported; expected {expected!r}")
+        required = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+        ).split()
         missing = [key for key in required if not isinstance(source.get(key), int)]
         if missing:
             raise ValueError(f"config.json: {', '.join(missing)} must be given as integers")
@@ -96,7 +106,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict:
-        """The config.json it came from, without `auto_map`: a checkpoint that minitrl writes asks nobody to run code."""
+        """The config.json it came from, without `auto_map`: what minitrl writes asks nobody to run code."""
         return {key: value for key, value in self.source.items() if key != "auto_map"}
 
 
@@ -106,8 +116,9 @@ def _rope_parameters(source: dict) -> dict:
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     rope["rope_theta"] = float(rope.get("rope_theta") or source.get("rope_theta") or 10000.0)
     if rope["rope_type"] not in ROPE_TYPES:
-        # dynamic and longrope change the angles with the sequence's length: keys in a cache would not be those of the full forward pass
-        raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+        # dynamic and longrope change the angles with the length: keys in a cache would not be those of the full forward
+        known = ", ".join(ROPE_TYPES)
+        raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported; known are {known}")
     if rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not supported, all of a head is rotated")
     if rope["rope_type"] in ("llama3", "yarn"):
@@ -118,14 +129,16 @@ def _rope_parameters(source: dict) -> dict:
 
 
 def _windows(source: dict, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window, by the model's own rule (transformers: configuration_mistral.py, configuration_qwen2.py)."""
+    """Each layer's sliding window, by the model's own rule (transformers: configuration_{mistral,qwen2}.py)."""
     if model_type == "mistral":
         return (source.get("sliding_window", 4096),) * layers
     if model_type == "llama" or not source.get("use_sliding_window", False):
         return (None,) * layers
     window, first = source.get("sliding_window", 4096), source.get("max_window_layers", 28)
-    kinds = source.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    sliding = [i >= first for i in range(layers)]
+    if source.get("layer_types"):
+        sliding = [kind == "sliding_attention" for kind in source["layer_types"]]
+    return tuple(window if slides else None for slides in sliding)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -144,7 +157,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         return torch.lerp(frequencies / factor, frequencies, blend), 1.0
-    # yarn, arXiv 2309.00071: the blend is linear in the dimension, between those that turn beta_fast and beta_slow times
+    # yarn, arXiv 2309.00071: the blend is linear in the dimension, from that which turns beta_fast to beta_slow times
     factor = factor or config.max_position_embeddings / original
 
     def dimension(turns: float) -> float:
@@ -166,11 +179,6 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return torch.lerp(frequencies, frequencies / factor, ramp), float(attention_factor)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias: every product with a weight matrix goes through here."""
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`."""
 
@@ -190,7 +198,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864), rotating halves as Llama checkpoints expect. x: (N, heads, E); cos, sin: (N, 1, E / 2)."""
+    """RoPE (arXiv 2104.09864), rotating halves as Llama checkpoints expect. cos, sin: (N, 1, E / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -221,18 +229,18 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The decoder. Parameters are made uninitialised where `with torch.device("meta")` says so; `checkpoint.load` fills them."""
+    """The decoder. `checkpoint.load` makes it under `torch.device("meta")` and fills it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again in the backward pass
+        self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         with torch.device("cpu"):
-            self.frequencies, self.rope_factor = rope_frequencies(config)  # not a buffer: exact in float32 whatever the model's dtype
+            self.frequencies, self.rope_factor = rope_frequencies(config)  # no buffer: float32 whatever the model is
 
     @property
     def head_weight(self) -> Tensor:
@@ -240,7 +248,7 @@ class Model(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
-        """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)."""
+        """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k and v (N, K, E)) -> (N, H, E)."""
         x = self.embed_tokens(tokens_N)
         angles = positions_N[:, None, None].float() * self.frequencies.to(positions_N.device)  # (N, 1, E / 2)
         cos, sin = (angles.cos() * self.rope_factor).to(x.dtype), (angles.sin() * self.rope_factor).to(x.dtype)
@@ -255,26 +263,29 @@ class Model(nn.Module):
         """(T, D) hidden states of a pack; completions read their shared prompt."""
 
         def attend(layer, q, k, v):
-            window = self.config.windows[layer]
-            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, window=window, lengths=pack.lengths, prefixes=pack.prefixes)
+            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes, "window": self.config.windows[layer]}
+            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout)
 
         return self.hidden(pack.tokens_T, pack.positions_T, attend)
 
     def logprobs(self, pack: Pack, scored_T: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy, float32 (T,), of the tokens where `scored_T` (bool) is set; 0 elsewhere. Only those are projected to the vocabulary."""
+        """Log-prob and entropy, float32 (T,), of the tokens where `scored_T` (bool) is set; 0 elsewhere.
+
+        Only the states that predict those are projected to the vocabulary.
+        """
         scored = scored_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
         scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], temperature=temperature)
         return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Per id list its (length, V) float32 logits: for inspection and tests, not for training, which never holds them."""
+        """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
         return list(linear(self.forward(packed), self.head_weight).float().split(packed.lengths))
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:
-    """Tensor name in a Hugging Face checkpoint -> (our parameter, its rows or None for all of them, the tensor's shape)."""
+    """Tensor name in a Hugging Face checkpoint -> (our parameter, its rows or None for all, the tensor's shape)."""
     width, ffn, size = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
     tensors = {
@@ -301,5 +312,6 @@ def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[
             if bias:
                 tensors[f"{theirs}{name}.bias"] = (f"{ours}{parameter}.bias", slice(start, end), (end - start,))
         for name, parameter in (norms | head_norms).items():
-            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", None, (size if name in head_norms else width,))
+            shape = (size if name in head_norms else width,)
+            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", None, shape)
     return tensors
