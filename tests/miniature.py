@@ -23,6 +23,7 @@ from processes import free_port, take_place
 
 from minitrl import checkpoint, grpo, runs
 from minitrl.model import Model, ModelConfig
+from minitrl.rewards import BUILT_IN
 from minitrl.tokenizer import Tokenizer
 
 CHARACTERS = "0123456789+= abc"
@@ -85,7 +86,7 @@ class Tiny:
             "model": self.folder / "model",
             "dataset": self.folder / "data.jsonl",
             "output_dir": output_dir,
-            "reward": [f"{self.folder / 'rewards.py'}:{name}" if name else "" for name in reward.split()],
+            "reward": [name if name in BUILT_IN else f"{self.folder / 'rewards.py'}:{name}" for name in reward.split()],
             "max_steps": 4,
             "prompts_per_step": 2,
             "num_generations": 4,
@@ -165,7 +166,7 @@ def _train(rank: int, argv: list[str], hooks: dict) -> None:
 
 
 def apart(target, world: int, *arguments) -> Outcome:
-    """target(rank, *arguments) in `world` processes. Once one is killed by a signal the others are too: torchrun would."""
+    """target(rank, *arguments) in `world` processes. When a signal kills one the others are killed: torchrun would."""
     context, port = multiprocessing.get_context("forkserver"), free_port()
     with tempfile.TemporaryDirectory() as logs:
         started = [
@@ -183,7 +184,9 @@ def apart(target, world: int, *arguments) -> Outcome:
         for process in started:
             process.kill()
             process.join()
-        out, err = ("".join(path.read_text() for path in sorted(Path(logs).glob(f"*.{kind}"))) for kind in ("out", "err"))
+        out, err = (
+            "".join(path.read_text() for path in sorted(Path(logs).glob(f"*.{kind}"))) for kind in ("out", "err")
+        )
     assert not late, f"still running after two minutes:\n{out}\n{err}"
     return Outcome([process.exitcode for process in started], out, err)
 
