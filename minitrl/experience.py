@@ -60,7 +60,7 @@ class Rollouts:
         return len(self.prompt_tokens) + len(self.tokens_R)
 
     def pack(self, micro_batch, device="cpu") -> tuple[Pack, Tensor]:
-        """A micro-batch [(p, [g, ...]), ...] as a Pack, and where in R its completion tokens stand, int64, in pack order."""
+        """A micro-batch [(p, [g, ...]), ...] as a Pack, and where in R its completion tokens stand, in pack order."""
         prompts = [self.prompt(p) for p, _ in micro_batch]
         completions = [[self.completion(p, g) for g in members] for p, members in micro_batch]
         spans = [self.span(p, g) for p, members in micro_batch for g in members]

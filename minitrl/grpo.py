@@ -4,11 +4,12 @@
     2  sample G completions of each from the policy                                        experience.generate_and_score
     3  reward every completion
     4  advantage = (reward - its group's mean) / its group's standard deviation            experience.advantages
-    5  divide the groups into micro-batches by a budget of tokens, each prompt standing once       packing.plan_micro_batches
+    5  divide the groups into micro-batches of so many tokens, each prompt standing once      packing.plan_micro_batches
     6  loss = -sum over tokens of min(r A, clip(r) A) / tokens, r = policy / policy that sampled   losses.grpo_loss
-    7  sum the gradients over micro-batches and ranks, clip them, take an AdamW step; steps 5 to 7 `num_iterations` times
+    7  sum the gradients over micro-batches and ranks, clip, take an AdamW step; 5 to 7 are done `num_iterations` times
 
-The loss and its gradient are those of the whole step exactly, however it is divided: sums out, one division by counts over the whole step.
+The loss and its gradient are those of the whole step exactly, however it is divided: sums out, one division by counts
+over the whole step.
 Without --model and --dataset a tiny model learns a tiny task within minutes on a CPU:
 
     torchrun -m minitrl.grpo
@@ -28,12 +29,13 @@ from torch import Tensor
 from . import checkpoint, data, distributed, experience, losses, packing, rewards, runs, toy, training
 from .config import CommonOptions, parse, require
 from .experience import Rollouts
-from .rollout import Engine, context_length
+from .rollout import Engine, Sampling, context_length
 
 
 # Options of the loss that go to losses.grpo_loss as they are.
 LOSS_OPTIONS = (
-    "loss_type importance_sampling_level epsilon epsilon_high delta beta use_bias_correction_kl entropy_coef max_completion_length"
+    "loss_type importance_sampling_level epsilon epsilon_high delta beta use_bias_correction_kl entropy_coef "
+    "max_completion_length"
 ).split()
 
 
@@ -54,13 +56,13 @@ class Config(CommonOptions):
     top_p: float = 1.0  # sample from the smallest set of tokens that has this probability; 1: off
     top_k: int = 0  # sample from this many of the likeliest tokens; 0: off
     min_p: float = 0.0  # sample from tokens with at least this share of the likeliest one's probability; 0: off
-    repetition_penalty: float = 1.0  # divides the logits of tokens that stand in the prompt or completion already; 1: off
+    repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
     importance_sampling_level: Literal["token", "sequence"] = "token"  # of the ratio; sequence is GSPO
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
-    epsilon_high: float | None = None  # and above 1 + epsilon_high; none: epsilon (cispo clips above epsilon_high itself)
+    epsilon_high: float | None = None  # and above 1 + epsilon_high; none: epsilon (cispo: above epsilon_high)
     delta: float | None = None  # bound above the ratio where the advantage is negative; none: unbounded
     beta: float = 0.0  # weight of the KL penalty; 0: no reference policy is held
     use_bias_correction_kl: bool = True  # multiply the penalty by the importance ratio
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     step, cursor, rollouts, known = resume(run, total, reference, optimizer)
 
     with runs.Interrupt() as interrupt:
-        if step == 0:
+        if step == 0 and eval_rows:
             run.log_step(0, evaluate(engine, eval_rows, eval_functions, config, world, 0))
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now
@@ -114,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
                 if fresh and reference:
                     known["reference"] = score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                rate = config.learning_rate * training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
+                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
+                rate = config.learning_rate * factor
                 metrics |= {"grad_norm": update(optimizer, rate, run, step, rollouts, plan), "learning_rate": rate}
             step += 1
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
                 with run.timed("evaluation"):
                     metrics |= evaluate(engine, eval_rows, eval_functions, config, world, step)
             metrics |= rollout_metrics(rollouts, functions)
-            run.log_step(step, metrics, completion_rows(rollouts, tokenizer, functions) if fresh else [], rollouts.num_tokens)
+            new_rows = completion_rows(rollouts, tokenizer, functions) if fresh else []
+            run.log_step(step, metrics, new_rows, rollouts.num_tokens)
             if step % config.save_steps == 0:
                 save(run, step, cursor, rollouts, known, reference, optimizer)
         save(run, step, cursor, rollouts, known, reference, optimizer)
@@ -138,16 +142,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(config: Config, functions, eval_functions, world):
-    """(policy, tokenizer, rows to train on, rows to evaluate on), checked: from --model and --dataset, or the embedded default."""
+    """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
     if config.model is None:
-        policy, tokenizer = toy.build(config.seed, world.device)
+        policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
         rows, eval_rows = toy.datasets(config.seed)
     else:
         policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
-        rows, dropped = data.load_prompts(config.dataset, tokenizer, config.max_prompt_length)
-        if dropped:
-            distributed.print0(world, f"{config.dataset}: {dropped} prompts are above --max_prompt_length {config.max_prompt_length} and left out")
-        eval_rows = data.load_prompts(config.eval_dataset, tokenizer, config.max_prompt_length)[0] if config.eval_dataset else []
+        rows, eval_rows = [], []
+        for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
+            if path:
+                loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
+                into += loaded
+                if dropped:
+                    limit = f"--max_prompt_length {config.max_prompt_length}"
+                    distributed.print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
@@ -156,18 +164,23 @@ def load(config: Config, functions, eval_functions, world):
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])
     if config.top_p < 1 or config.top_k > 0 or config.min_p > 0 or config.repetition_penalty != 1:
-        distributed.print0(world, "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy is trained on its "
-                           "log-probs without them (temperature alone), so sampling/sampling_logp_difference includes what they change")
+        distributed.print0(
+            world,
+            "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy is trained "
+            "on its log-probs without them (temperature alone), and sampling/sampling_logp_difference shows the change",
+        )
     return policy, tokenizer, rows, eval_rows
 
 
 def generate(engine, rows, cursor: int, functions, config: Config, run, step: int) -> tuple[Rollouts, int]:
-    """Rollouts of the next prompts, with rewards and advantages, and the new cursor: how many prompts were drawn so far.
+    """Rollouts of the next prompts, with rewards and advantages, and the new cursor: prompts drawn so far.
 
-    With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by those of further prompts,
-    a bounded number of times; what still lacks is filled up with them, so that every step has prompts_per_step groups.
+    With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by
+    those of further prompts, a bounded number of times; what still lacks is filled up with them, so that every step
+    has prompts_per_step groups.
     """
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+    sampling = {name: getattr(config, name) for name in names} | {"max_tokens": config.max_completion_length}
     weights = torch.tensor(config.reward_weights or (1.0,) * len(functions))
     parts, live, flat = [], [], []
     while len(live) < config.prompts_per_step and len(parts) <= config.dynamic_sampling:
@@ -184,7 +197,7 @@ def generate(engine, rows, cursor: int, functions, config: Config, run, step: in
             num_generations=config.num_generations,
             step=step,
             timeout_s=config.reward_timeout,
-            sampling=sampling | {"max_tokens": config.max_completion_length},
+            sampling=sampling,
             overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
         )
         for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
@@ -192,8 +205,8 @@ def generate(engine, rows, cursor: int, functions, config: Config, run, step: in
         parts.append(part)
     truncated = torch.cat([part.truncated_PG for part in parts]).double().mean().item()
     if truncated > 0.5:
-        run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into --max_completion_length "
-                      f"{config.max_completion_length}; what they would have earned is unknown: raise it")
+        limit = f"--max_completion_length {config.max_completion_length}"
+        run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into {limit}; raise it")
     kept = sorted((live + flat)[: config.prompts_per_step])
     return experience.with_advantages(experience.select_groups(parts, kept), config.scale_rewards), cursor
 
@@ -206,15 +219,17 @@ def counted(rollouts: Rollouts, config: Config) -> Tensor:
 def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
     """Per rank its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
 
-    Where nothing but the advantage pulls at a completion and that is 0, its gradient is exactly 0: no pass is spent on it. (It still counts in
-    the normaliser. bnpo divides by each micro-batch's own tokens and the entropy quantile is one over all tokens: they keep everything.)
+    Where nothing but the advantage pulls at a completion and that is 0, its gradient is exactly 0: no pass is spent on
+    it. (It still counts in the normaliser. bnpo divides by each micro-batch's own tokens and the entropy quantile is
+    one over all tokens: they keep everything.)
     """
     trained = counted(rollouts, config)
     if not config.beta and not config.entropy_coef and config.loss_type != "bnpo" and config.top_entropy_quantile == 1:
         trained = trained & (rollouts.advantages_PG != 0)
     members = [row.nonzero()[:, 0].tolist() for row in trained]
     lengths = [rollouts.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
-    plan = packing.plan_micro_batches(rollouts.prompt_lengths_P.tolist(), lengths, config.tokens_per_microbatch, world.size)
+    prompt_lengths = rollouts.prompt_lengths_P.tolist()
+    plan = packing.plan_micro_batches(prompt_lengths, lengths, config.tokens_per_microbatch, world.size)
     return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
 
 
@@ -230,18 +245,23 @@ def score(model, rollouts: Rollouts, plan, config: Config, world) -> tuple[Tenso
     return logprobs_R, entropy_R
 
 
-def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict[str, float]:
+def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict:
     """Leave this rank's share of the gradient of the step's loss in the policy; returns the metrics of the whole step.
 
-    known: log-probs (R,) that outlive an optimizer step: "reference", and where num_iterations > 1 "old", which the first iteration puts there:
-    on policy they are the log-probs of its own forward pass, and no extra pass is spent on them.
+    known: log-probs (R,) that outlive an optimizer step: "reference", and where num_iterations > 1 "old", which the
+    first iteration puts there: on policy they are those of its own forward pass, and no extra pass is spent on them.
     """
     world, counted_PG = run.world, counted(rollouts, config)
-    counts = {"tokens": int(rollouts.lengths_PG[counted_PG].sum()), "sequences": int(counted_PG.sum()), "micro_batches": sum(map(len, plan))}
+    counts = {
+        "tokens": int(rollouts.lengths_PG[counted_PG].sum()),
+        "sequences": int(counted_PG.sum()),
+        "micro_batches": sum(map(len, plan)),
+    }
     options = {name: getattr(config, name) for name in LOSS_OPTIONS}
     if config.top_entropy_quantile < 1:  # of the whole step: one more pass, before the first backward
         entropy_R = score(policy, rollouts, plan, config, world)[1][rollouts.per_token(counted_PG)]
-        options["entropy_threshold"] = float(np.quantile(entropy_R.numpy(), 1 - config.top_entropy_quantile)) if len(entropy_R) else None
+        if len(entropy_R):
+            options["entropy_threshold"] = float(np.quantile(entropy_R.numpy(), 1 - config.top_entropy_quantile))
     on_policy = "old" not in known
     per_token_R = {"advantages": rollouts.per_token(rollouts.advantages_PG), **known}
     new_R = torch.zeros(len(rollouts.tokens_R))
@@ -249,8 +269,9 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
+        zeros_T = torch.zeros(len(mask_T), device=world.device)
         given_T = {
-            name: torch.zeros(len(mask_T), device=world.device).masked_scatter(mask_T, values_R[index_C].to(world.device))
+            name: zeros_T.masked_scatter(mask_T, values_R[index_C].to(world.device))
             for name, values_R in per_token_R.items()
         }
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
@@ -273,7 +294,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
             difference_C = new_R[index_C] - rollouts.sampler_logprobs_R[index_C]
             largest = torch.maximum(largest, difference_C.abs().max())
             sums["sampling/sampling_logp_difference/mean"] += difference_C.abs().sum().item()
-            sums["sampling/kl"] += (difference_C.expm1() - difference_C).sum().item()  # k3 estimate of KL(sampler, trainer)
+            sums["sampling/kl"] += (difference_C.expm1() - difference_C).sum().item()  # k3 of KL(sampler, trainer)
         sums["entropy"] += entropy_T.detach().sum().item()
         sums["trained_tokens"] += len(index_C)
         sums["loss"] += loss.item()
@@ -297,28 +318,35 @@ def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> 
 
 
 def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
-    """NaN or infinity: save the ids it came with and stop, on all ranks; the weights are still those of the step before."""
-    groups = [(rollouts.prompt(p), [rollouts.completion(p, g) for g in members]) for batch in batches for p, members in batch]
+    """NaN or infinity: save the ids it came with and stop all ranks; the weights are still those of the step before."""
+    groups = [
+        {"prompt": rollouts.prompt(p), "completions": [rollouts.completion(p, g) for g in members]}
+        for batch in batches
+        for p, members in batch
+    ]
     name = f"not_finite_step_{step + 1}_rank_"
     if groups:  # other ranks may have them
-        value = {"step": step + 1, "error": what, "groups": [{"prompt": ids, "completions": answers} for ids, answers in groups]}
-        run.dump(f"{name}{run.world.rank}.json", value)
-    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {run.config.output_dir}/"
-                             f"{name}*.json; lower --learning_rate or --max_grad_norm")
+        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "groups": groups})
+    files = f"{run.config.output_dir}/{name}*.json"
+    remedy = "lower --learning_rate or --max_grad_norm"
+    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")
 
 
 def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config, world) -> dict[str, float]:
-    """Over all ranks: shares of the loss add up; means are over the tokens that were trained on, and absent where there were none."""
-    shares = ["loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"] + ["kl"] * bool(config.beta)
+    """Over all ranks: shares of the loss add up; means are over the tokens trained on, absent where there are none."""
+    shares = ["loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
+    shares += ["kl"] * bool(config.beta)
     means = ["entropy"] + ["sampling/sampling_logp_difference/mean", "sampling/kl"] * on_policy
-    totals = torch.tensor([sums[name] for name in ["trained_tokens", *shares, *means]], dtype=torch.float64, device=world.device)
+    names = ["trained_tokens", *shares, *means]
+    totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=world.device)
     distributed.sum_([totals], world)
     tokens, *totals = totals.tolist()
     metrics = {"trained_tokens": int(tokens)} | dict(zip(shares, totals))
     if tokens:
         metrics |= {name: total / tokens for name, total in zip(means, totals[len(shares) :])}
         if on_policy:
-            metrics["sampling/sampling_logp_difference/max"] = torch.cat(distributed.gather_ragged(largest, world)).max().item()
+            largest = torch.cat(distributed.gather_ragged(largest, world)).max()
+            metrics["sampling/sampling_logp_difference/max"] = largest.item()
     return metrics
 
 
@@ -381,7 +409,8 @@ def evaluate(engine, rows, functions, config: Config, world, step: int) -> dict[
         timeout_s=config.reward_timeout,
         sampling={"temperature": 0.0, "max_tokens": config.max_completion_length, "stop": config.stop},
     )
-    names = ("reward", "completions/mean_length", "completions/clipped_ratio", *(f"rewards/{name}/mean" for name, _ in functions))
+    names = ["reward", "completions/mean_length", "completions/clipped_ratio"]
+    names += [f"rewards/{name}/mean" for name, _ in functions]
     metrics = {f"eval/{name}": value for name, value in rollout_metrics(rollouts, functions).items() if name in names}
     return metrics | {"eval/accuracy": (rollouts.rewards_PGF[:, 0, 0] >= 1).double().mean().item()}
 
@@ -394,7 +423,7 @@ def mix(reference, policy, alpha: float) -> None:
 
 
 def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tensor], reference, optimizer) -> None:
-    """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, and rollouts that are not used up."""
+    """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, unused rollouts."""
     tensors = {"optimizer": optimizer.state_tensors()}
     if step % run.config.num_iterations:
         tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
@@ -405,7 +434,7 @@ def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tenso
 
 
 def resume(run, total: int, reference, optimizer) -> tuple[int, int, Rollouts | None, dict[str, Tensor]]:
-    """(steps done, cursor, rollouts in use, their known log-probs): zeros and nothing, or what the newest whole checkpoint says."""
+    """(steps done, cursor, rollouts in use, their known log-probs): of the newest whole checkpoint, or of none."""
     loaded = run.load(total)
     if loaded is None:
         return 0, 0, None, {}
@@ -419,32 +448,40 @@ def resume(run, total: int, reference, optimizer) -> tuple[int, int, Rollouts | 
 
 def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
-    for name in ("prompts_per_step", "num_iterations", "max_prompt_length", "max_completion_length", "rollout_batch_size", "ref_model_sync_steps"):
-        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
-    require(config.num_generations >= 2, "num_generations", config.num_generations, "at least 2, since completions of a group are compared")
-    require(config.temperature > 0, "temperature", config.temperature, "above 0, or the completions of a group are all the same")
-    require(config.reward_timeout > 0, "reward_timeout", config.reward_timeout, "above 0 seconds")
-    require(0 <= config.epsilon < 1, "epsilon", config.epsilon, "at least 0 and below 1")
-    require(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", config.epsilon_high, "at least 0")
-    require(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", config.epsilon_high, "given for cispo, say 5.0")
-    require(config.delta is None or config.delta > 1 + config.epsilon, "delta", config.delta, "above 1 + epsilon")
-    require(config.beta >= 0, "beta", config.beta, "at least 0")
-    require(0 < config.top_entropy_quantile <= 1, "top_entropy_quantile", config.top_entropy_quantile, "above 0 and at most 1")
-    require(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", config.ref_model_mixup_alpha, "from 0 to 1")
-    require(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", config.sync_ref_model, "off at --beta 0, where there is no reference")
-    require(config.dynamic_sampling >= 0, "dynamic_sampling", config.dynamic_sampling, "at least 0")
-    cache = config.overlong_cache
-    require(cache is None or 0 < cache <= config.max_completion_length, "overlong_cache", cache, "from 1 to --max_completion_length")
+
+    def must(hold: bool, name: str, rule: str) -> None:
+        require(hold, name, getattr(config, name), rule)
+
+    for name in "prompts_per_step num_iterations max_prompt_length max_completion_length rollout_batch_size".split():
+        must(getattr(config, name) >= 1, name, "at least 1")
+    must(config.num_generations >= 2, "num_generations", "at least 2, since completions of a group are compared")
+    must(config.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
+    Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty)  # checks its own
+    must(config.reward_timeout > 0, "reward_timeout", "above 0 seconds")
+    must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
+    must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
+    must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")
+    must(config.delta is None or config.delta > 1 + config.epsilon, "delta", "above 1 + epsilon")
+    must(config.beta >= 0, "beta", "at least 0")
+    must(0 < config.top_entropy_quantile <= 1, "top_entropy_quantile", "above 0 and at most 1")
+    must(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "from 0 to 1")
+    must(config.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1")
+    must(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", "off at --beta 0, where there is no reference")
+    must(config.dynamic_sampling >= 0, "dynamic_sampling", "at least 0")
+    cache = config.max_completion_length if config.overlong_cache is None else config.overlong_cache
+    must(0 < cache <= config.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
     longest = config.max_prompt_length + config.max_completion_length
-    require(config.tokens_per_microbatch >= longest, "tokens_per_microbatch", config.tokens_per_microbatch,
-            f"at least {longest}, the longest sequence: --max_prompt_length + --max_completion_length")
-    weights = len(config.reward_weights)
-    require(weights in (0, len(config.reward)), "reward_weights", config.reward_weights, f"{len(config.reward)} numbers, one for each --reward")
+    fits = config.tokens_per_microbatch >= longest
+    must(fits, "tokens_per_microbatch", f"at least --max_prompt_length + --max_completion_length, {longest} tokens")
+    rewards_count = len(config.reward)
+    must(rewards_count > 0, "reward", "the name of a built-in reward, or file.py:function")
+    numbers = f"{rewards_count} numbers, one for each reward"
+    must(len(config.reward_weights) in (0, rewards_count), "reward_weights", numbers)
     for given, other in (("model", "dataset"), ("dataset", "model")):
-        missing = getattr(config, given) is not None and getattr(config, other) is None
-        require(not missing, given, getattr(config, given), f"given together with --{other}; without both the embedded default runs")
-    require(bool(config.reward), "reward", "", "the name of a built-in reward, or file.py:function")
-    require(not config.eval_steps or config.model is None or config.eval_dataset, "eval_steps", config.eval_steps, "given with --eval_dataset")
+        both = getattr(config, given) is None or getattr(config, other) is not None
+        must(both, given, f"given together with --{other}; without both, the embedded default runs")
+    evaluates = config.model is None or config.eval_dataset is not None
+    must(evaluates or not config.eval_steps, "eval_steps", "given with --eval_dataset")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .kernels.attention import attention
 from .kernels.decode import decode
-from .model import linear
+from .kernels.linear import linear, packed_weights
 from .packing import pack
 
 
@@ -325,7 +325,7 @@ class Engine:
         widest = max((self._pages(len(g.prompt) + max_tokens) for g in groups), default=0)
         self.free_rows, self.page_table = list(range(self.max_batch)), np.zeros((self.max_batch, widest), np.int64)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), packed_weights():  # no weight changes while it generates
                 while waiting or running:
                     if entering := self._admit(waiting):
                         running += self._draw(entering, torch.stack([s.group.hidden for s in entering]))

@@ -425,11 +425,12 @@ class Run:
             if self.config.log_completions and shown:  # none yet where --resume goes on with rollouts of the run before
                 print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
         if "eval/accuracy" in metrics:
-            scores = f"held-out accuracy {metrics['eval/accuracy']:.3f}  reward {metrics.get('eval/reward', math.nan):.3f}"
+            accuracy, reward = metrics["eval/accuracy"], metrics.get("eval/reward", math.nan)
+            scores = f"held-out accuracy {accuracy:.3f}  reward {reward:.3f}"
             print(f"step {step}/{self.total_steps}  {scores}", flush=True)
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
-        """Write the checkpoint of `step`, unless it is there already; before the first step there is nothing to save."""
+        """Write the checkpoint of `step`, unless it is there; before the first step there is nothing to save."""
         if step == self.saved_step:
             return
         self.saved_step = step
