@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 CHAIN_SUM = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/chain_sum_train.jsonl --eval_dataset {data}/chain_sum_test.jsonl --eval_reward number"
 CHAIN_SUM += " --max_steps 100 --prompts_per_step 8 --num_generations 8 --max_completion_length 32 --learning_rate 1e-5"
-CHAIN_SUM += " --lr_scheduler_type constant --no_gradient_checkpointing --logging_steps 5 --seed {seed}"
+CHAIN_SUM += " --lr_scheduler_type constant --eval_steps 20 --no_gradient_checkpointing --logging_steps 5 --seed {seed}"
 GSM8K = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/gsm8k.jsonl --max_steps 3 --prompts_per_step 4 --num_generations 4"
 GSM8K += " --max_completion_length 200 --logging_steps 1 --no_gradient_checkpointing --seed {seed}"
 EXPERIMENTS = {  # name -> (command line, seeds, rewards: the task's, and the control's)
@@ -34,14 +35,21 @@ EXPERIMENTS = {  # name -> (command line, seeds, rewards: the task's, and the co
 }
 
 
-def run(arguments: str, folder: str) -> dict:
-    """One run: its metrics by step, and how long the whole command took."""
+def run(arguments: str, threads: int) -> dict:
+    """One run: its metrics by step, the seconds that the whole command took, and those of all cores together."""
     command = f"-m minitrl.grpo {arguments}"
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *command.split(), "--output_dir", folder], check=True)
-    seconds = time.perf_counter() - began
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return {"command": f"python {command}", "seconds": seconds, "metrics": [json.loads(line) for line in lines]}
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen([sys.executable, *command.split(), "--output_dir", f"{folder}/run"], env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        if status:
+            raise SystemExit(f"python {command} failed")
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    spent = usage.ru_utime + usage.ru_stime  # on a machine with other work, less than the wall clock says
+    return {"command": f"python {command}", "seconds": seconds, "cpu_seconds": spent, "metrics": metrics}
 
 
 def summary(reward: str, seed: int, result: dict) -> dict:
@@ -50,28 +58,31 @@ def summary(reward: str, seed: int, result: dict) -> dict:
     evaluations = [row for row in metrics if "eval/accuracy" in row]
     rewards = [row["reward"] for row in metrics if "reward" in row]
     tenth = max(1, len(rewards) // 10)
-    row = {"reward": reward, "seed": seed, "steps": len(rewards), "seconds": round(result["seconds"], 1)}
+    row = {"reward": reward, "seed": seed, "steps": len(rewards)}
+    row |= {name: round(result[name], 1) for name in ("seconds", "cpu_seconds")}
     if evaluations:
         row |= {"accuracy_before": evaluations[0]["eval/accuracy"], "accuracy_after": evaluations[-1]["eval/accuracy"]}
     row |= {"reward_first": sum(rewards[:tenth]) / tenth, "reward_last": sum(rewards[-tenth:]) / tenth}
-    return row | {"command": result["command"], "rewards": rewards}
+    accuracies = [[row["step"], row["eval/accuracy"]] for row in evaluations]
+    return row | {"command": result["command"], "rewards": rewards, "accuracies": accuracies}
 
 
 def draw(name: str, rows: list[dict]) -> None:
-    """The reward of every step; the control arm in grey."""
+    """The reward that each arm was trained on, and what the held-out questions say; the control arms in grey."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "minitrl"  # the same curve gives the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.2))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for row in rows:
-        control = row["reward"] == "random"
-        axes.plot(row["rewards"], color="0.7" if control else None, linewidth=1.2, label=f"reward {row['reward']}, seed {row['seed']}")
-    axes.set(xlabel="step", ylabel="mean reward of the step", title=name)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
+        look = {"color": "0.7"} if row["reward"] == "random" else {}
+        left.plot(range(1, len(row["rewards"]) + 1), row["rewards"], linewidth=1.2, **look)
+        label = f"reward {row['reward']}, seed {row['seed']}"
+        right.plot(*zip(*row["accuracies"]), linewidth=1.2, marker=".", label=label, **look)
+    left.set(xlabel="step", ylabel="mean reward of the step")
+    right.set(xlabel="step", ylabel="held-out greedy accuracy", ylim=(0, 1))
+    right.legend(fontsize=7)
     figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
@@ -79,18 +90,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data", default="OUT", help="folder that benchmarks.real made")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     options = parser.parse_args()
     arguments, seeds, arms = EXPERIMENTS[options.experiment]
-    rows = []
-    for seed in seeds:
-        for reward in arms:
-            with tempfile.TemporaryDirectory() as folder:
-                filled = arguments.format(seed=seed, data=options.data) + f" --reward {reward}"
-                rows.append(summary(reward, seed, run(filled, f"{folder}/run")))
-                rows[-1]["command"] = rows[-1]["command"].replace(options.data, "OUT")
-                print({key: value for key, value in rows[-1].items() if key not in ("rewards", "command")}, flush=True)
+    filled = arguments.replace("{data}", options.data)
+    cases = [(reward, seed) for seed in seeds for reward in arms]
+
+    def case(reward: str, seed: int) -> dict:
+        row = summary(reward, seed, run(filled.format(seed=seed) + f" --reward {reward}", os.cpu_count() // options.jobs))
+        print({key: value for key, value in row.items() if key not in ("rewards", "accuracies", "command")}, flush=True)
+        return row | {"command": row["command"].replace(options.data, "OUT")}
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(case, *zip(*cases)))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    value = {"command": f"python -m benchmarks.curves {options.experiment}", "machine": machine, "rows": rows}
+    value = {"command": f"python -m benchmarks.curves {options.experiment} --jobs {options.jobs}", "machine": machine, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{options.experiment}.json").write_text(json.dumps(value, indent=1) + "\n")
     draw(options.experiment, rows)

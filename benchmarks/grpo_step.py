@@ -1,0 +1,291 @@
+"""A GRPO step, its rollouts and its training, against TRL and transformers, on a CPU:
+
+    python -m benchmarks.grpo_step --model OUT/SmolLM2-135M-Instruct [--peers PYTHON]
+
+Both sides load the same weights, each in a process of its own that stays alive, and take turns: one round of ours, one of theirs, so that
+whatever else the machine does falls on both. PYTHON is an interpreter that has transformers and trl (pip install -e '.[parity]').
+
+    step      8 prompts x 4 completions x 32 new tokens, every group with different rewards, end tokens ignored, no gradient
+              checkpointing, AdamW's step included            against trl.GRPOTrainer
+    rollout   16 prompts of 64 tokens, 64 new tokens each      against transformers' generate
+    train     forward and backward of 16 x 256 tokens          against transformers, and against the fastest product of a
+              4096 x 576 matrix with a 3072 x 576 weight that this machine does in the same run, weight packing included;
+              6 FLOPs a parameter and token are counted, so recomputing the head's logits counts as lost
+
+Writes benchmarks/results/grpo_step.json: medians over the rounds, the rounds themselves, and each side's peak memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+SECTIONS = {"step": ("ours", "theirs"), "rollout": ("ours", "theirs"), "train": ("ours", "theirs", "limit")}
+TOKENS = {"step": 8 * 4 * 32, "rollout": 16 * 64, "train": 16 * 256}  # new tokens, new tokens, trained tokens
+SETTINGS = {
+    "ours": {"masters": "float32", "gradients": "float32", "attention": "packed, prompt shared", "logits": "in tiles"},
+    "theirs": {"parameters, gradients and AdamW": "the dtype", "attention": "sdpa", "padding": "left, to the longest"},
+}
+QUESTIONS = [f"What is {a} + {a + 3}? Answer with just the number." for a in range(64)]
+
+
+def rewards(completions, **_) -> list[float]:
+    """Different within every group, whatever was sampled."""
+    return [float(i % 4) for i in range(len(completions))]
+
+
+def ours(section: str, dtype: str, model: str):
+    """Our side: a function that does one round."""
+    import torch
+
+    import minitrl
+    from minitrl import distributed, grpo, packing, training
+
+    policy, tokenizer = minitrl.load(model, dtype=getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(0)
+    if section == "rollout":
+        engine = minitrl.Engine(policy, tokenizer)
+        prompts = torch.randint(100, 49000, (16, 64), generator=generator).tolist()
+        return lambda: engine.generate(prompts, max_tokens=64, ignore_eos=True)
+    if section == "train":
+        pack = packing.pack(torch.randint(100, 49000, (16, 256), generator=generator).tolist())
+
+        def round_():
+            policy.zero_grad()
+            logprobs, _ = policy.logprobs(pack, pack.predictors_T >= 0)
+            (-logprobs.sum() / (16 * 255)).backward()
+
+        return round_
+    config = grpo.Config(
+        model=model,
+        dataset="-",
+        reward=("rewards",),
+        num_generations=4,
+        max_prompt_length=128,
+        max_completion_length=32,
+        tokens_per_microbatch=768,
+        dtype=dtype,
+        output_dir=tempfile.mkdtemp(),
+    )
+    world = distributed.start("cpu")
+    run = grpo.runs.Run(config, world)
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    rows = [{"prompt": m, "prompt_ids": tokenizer.prompt_ids(m), "columns": {}} for m in messages]
+    optimizer = training.Optimizer(policy, world)
+    engine = minitrl.Engine(policy, tokenizer)
+    engine.generate = lambda *args, sample=engine.generate, **kwargs: sample(*args, **kwargs, ignore_eos=True)
+    state = {"step": 0, "cursor": 0}
+
+    def step():  # the body of the loop of grpo.main
+        rollouts, state["cursor"] = grpo.generate(
+            engine, rows, state["cursor"], [("rewards", rewards)], config, run, state["step"]
+        )
+        plan = grpo.micro_batches(rollouts, config, world)
+        grpo.backward(policy, rollouts, {}, plan, config, run, state["step"])
+        grpo.update(optimizer, 1e-6, run, state["step"], rollouts, plan)
+        state["step"] += 1
+        assert rollouts.lengths_PG.sum() == TOKENS["step"] and all(map(len, plan))
+
+    return step
+
+
+def theirs(section: str, dtype: str, model: str):
+    """Their side: a function that does one round, or for a step the trainer, which calls back before and after each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    if section == "step":
+        return trl_step(kind, model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
+    torch.manual_seed(0)
+    if section == "rollout":
+        ids = torch.randint(100, 49000, (16, 64))
+        options = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=1.0, top_k=0)
+        with_mask = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+        def rollout():
+            with torch.no_grad():
+                assert policy.eval().generate(**with_mask).shape == (16, 128)
+
+        return rollout
+    policy.train().config.use_cache = False
+    ids = torch.randint(100, 49000, (16, 256))
+
+    def train():
+        policy.zero_grad(set_to_none=True)
+        policy(input_ids=ids, labels=ids).loss.backward()
+
+    return train
+
+
+def trl_step(kind, model: str):
+    """A GRPOTrainer whose steps begin when the driver says so."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class TakeTurns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            wait()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            report(time.perf_counter() - self.began)
+
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        num_generations=4,
+        max_completion_length=32,
+        generation_kwargs={"min_new_tokens": 32},
+        max_steps=1000,
+        learning_rate=1e-6,
+        save_strategy="no",
+        report_to="none",
+        beta=0.0,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": kind},
+        disable_tqdm=True,
+        logging_steps=1000,
+    )
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS])
+    GRPOTrainer(model=model, reward_funcs=rewards, args=config, train_dataset=data, callbacks=[TakeTurns()]).train()
+
+
+def limit(section: str, dtype: str, model: str):
+    """The fastest product of a training shape: plain, and through oneDNN with the packing of the weight counted."""
+    import torch
+
+    x, w = torch.randn(4096, 576).to(getattr(torch, dtype)), torch.randn(3072, 576).to(getattr(torch, dtype))
+
+    def packed():
+        weight = torch.ops.mkldnn._reorder_linear_weight(w, 4096)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    def round_() -> float:
+        seconds = []
+        for product in (lambda: torch.nn.functional.linear(x, w), packed):
+            product()
+            times = []
+            for _ in range(9):
+                began = time.perf_counter()
+                product()
+                times.append(time.perf_counter() - began)
+            seconds.append(statistics.median(times))
+        return min(seconds)
+
+    return round_
+
+
+def wait() -> None:
+    """Until the driver says go; the driver's end is ours."""
+    if not sys.stdin.readline():
+        os._exit(0)
+
+
+def report(seconds: float) -> None:
+    unit = 2**20 if sys.platform == "linux" else 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    print(json.dumps({"seconds": seconds, "peak_gib": peak}), file=sys.__stdout__, flush=True)
+
+
+def work(side: str, section: str, dtype: str, model: str) -> None:
+    """A side's process: a round for each line of input."""
+    sys.stdout = sys.stderr  # what libraries print is not a report
+    round_ = {"ours": ours, "theirs": theirs, "limit": limit}[side](section, dtype, model)
+    while True:
+        wait()
+        began = time.perf_counter()
+        seconds = round_()
+        report(seconds if isinstance(seconds, float) else time.perf_counter() - began)
+
+
+def compare(section: str, dtype: str, options) -> dict:
+    """Rounds in turn; the first of each side warms up and is not counted."""
+    processes = {}
+    for side in SECTIONS[section]:
+        python = options.peers if side == "theirs" else sys.executable
+        command = [python, __file__, "--worker", side, section, dtype, "--model", options.model]
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes[side] = subprocess.Popen(command, env=os.environ | quiet, stderr=subprocess.DEVNULL, **pipes)
+    rounds = {side: [] for side in processes}
+    for number in range(options.rounds + 1):
+        for side, process in processes.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"the process of {side} ended; try: {' '.join(process.args)} and type go")
+            if number:
+                rounds[side].append(json.loads(line))
+    for process in processes.values():
+        process.kill()
+    row = {"section": section, "dtype": dtype}
+    for side, results in rounds.items():
+        row[f"{side}_seconds"] = [round(result["seconds"], 5) for result in results]
+        row[f"{side}_median"] = statistics.median(result["seconds"] for result in results)
+        row[f"{side}_peak_gib"] = round(max(result["peak_gib"] for result in results), 2)
+    row["times_as_fast"] = row["theirs_median"] / row["ours_median"]
+    row["share_of_memory"] = row["ours_peak_gib"] / row["theirs_peak_gib"]
+    row["ours_tokens_per_second"] = TOKENS[section] / row["ours_median"]
+    row["theirs_tokens_per_second"] = TOKENS[section] / row["theirs_median"]
+    if section == "train":
+        rate = 6 * parameters(options.model) * TOKENS[section] / row["ours_median"]
+        row["share_of_limit"] = rate / (2 * 4096 * 576 * 3072 / row["limit_median"])
+    return row
+
+
+def parameters(model: str) -> int:
+    """Numbers in the checkpoint's tensors."""
+    from safetensors import safe_open
+
+    with safe_open(f"{model}/model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+    return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has transformers and trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(*options.worker, options.model)
+
+    import torch
+
+    rows = []
+    for section in options.sections:
+        for dtype in options.dtypes:
+            rows.append(compare(section, dtype, options))
+            print({key: value for key, value in rows[-1].items() if not key.endswith("_seconds")}, flush=True)
+    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    value = {
+        "command": "python -m benchmarks.grpo_step --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
+        "machine": machine | {"torch": torch.__version__, "load": os.getloadavg()},
+        "settings": SETTINGS,
+        "rows": rows,
+    }
+    (RESULTS / "grpo_step.json").write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Fill the README's tables from the committed results and from the code itself: `python -m benchmarks.readme`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_house.py fails when one is out of date.
+"""
+
+import ast
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from minitrl import grpo
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+READING_ORDER = (
+    "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py kernels/token_logprob.py "
+    "kernels/attention.py minitrl/rollout.py kernels/decode.py minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py "
+    "minitrl/distributed.py minitrl/checkpoint.py minitrl/tokenizer.py minitrl/config.py minitrl/toy.py"
+).split()
+
+# TRL's defaults by version: huggingface/trl v1.16.0 and v0.16.0, grpo_config.py. None: TRL has no such option there.
+TRL_DEFAULTS = {
+    "beta": ("0.0", "0.04"),
+    "delta": ("none", None),
+    "dtype": ("bfloat16", "the model's"),
+    "entropy_coef": ("0.0", None),
+    "epsilon": ("0.2", "0.2"),
+    "epsilon_high": ("none", "none"),
+    "gradient_checkpointing": ("true", "false"),
+    "importance_sampling_level": ("token", None),
+    "learning_rate": ("1e-06", "1e-06"),
+    "logging_steps": ("10", "500"),
+    "loss_type": ("dapo", "bnpo, unnamed"),
+    "lr_scheduler_type": ("linear", "linear"),
+    "mask_truncated_completions": ("false", None),
+    "max_completion_length": ("512", "256"),
+    "max_grad_norm": ("1.0", "1.0"),
+    "max_prompt_length": (None, "512"),
+    "min_p": ("none", "none"),
+    "num_generations": ("8", "8"),
+    "num_iterations": ("1", "1"),
+    "num_train_epochs": ("3.0", "3.0"),
+    "ref_model_mixup_alpha": ("0.6", "0.6"),
+    "ref_model_sync_steps": ("512", "512"),
+    "repetition_penalty": ("1.0", "1.0"),
+    "save_steps": ("500", "500"),
+    "scale_rewards": ("group", "true"),
+    "seed": ("42", "42"),
+    "sync_ref_model": ("false", "false"),
+    "temperature": ("1.0", "0.9"),
+    "top_entropy_quantile": ("1.0", None),
+    "top_k": ("0", "50"),
+    "top_p": ("1.0", "1.0"),
+    "use_bias_correction_kl": ("true", None),
+    "warmup_steps": ("0", "0"),
+    "weight_decay": ("0.0", "0.0"),
+}
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def curves(name: str) -> str:
+    """Held-out accuracy and mean reward of each arm."""
+    rows = [
+        [
+            row["seed"],
+            f"`{row['reward']}`" + (" (control)" if row["reward"] == "random" else ""),
+            f"{row['accuracy_before']:.3f} → {row['accuracy_after']:.3f}",
+            f"{row['reward_first']:.3f} → {row['reward_last']:.3f}",
+            row["steps"],
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in result(name)["rows"]
+    ]
+    head = ["seed", "reward", "held-out accuracy", "mean reward, first and last tenth of the steps", "steps", "whole command"]
+    return markdown(head, rows) + f"\n\n`{result(name)['command']}`"
+
+
+def defaults() -> str:
+    """Every option of grpo.py, with TRL's default where it has the option."""
+
+    def shown(value) -> str:
+        return " ".join(value) if isinstance(value, tuple) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+    rows = []
+    for field in fields(grpo.Config):
+        new, old = TRL_DEFAULTS.get(field.name, (None, None))
+        rows.append([f"`{field.name}`", shown(field.default) or "none", new or "–", old or "–"])
+    return markdown(["option", "minitrl", "TRL 1.16", "TRL 0.16.0"], rows)
+
+
+def first_sentence(path: str) -> str:
+    text = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def files() -> str:
+    rows = [[f"[{path}]({path})", len((ROOT / path).read_text().splitlines()), first_sentence(path)] for path in READING_ORDER]
+    return markdown(["file", "lines", "what"], rows)
+
+
+def tests() -> str:
+    paths = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    return markdown(["file", "what it proves"], [[f"[{path}]({path})", first_sentence(path)] for path in paths])
+
+
+TABLES = {"toy": lambda: curves("toy"), "chain_sum": lambda: curves("chain_sum"), "files": files, "defaults": defaults, "tests": tests}
+
+
+def filled(text: str) -> str:
+    """The README with every table as it should be."""
+
+    def table(match: re.Match) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
