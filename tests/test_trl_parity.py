@@ -144,6 +144,12 @@ def test_options_against_trl_1_16(world, tmp_path, options):
     assert gap(mine[0][-1], ours(world, tmp_path / "without", without)[0][-1]) > 1e-3
 
 
+def test_a_second_generation(world, tmp_path):
+    """The third step is the first on new completions: it knows nothing of the old ones' log-probs."""
+    options = complete(num_iterations=2, beta=0.04)
+    compare(ours(world, tmp_path / "ours", options), trl_1_16(world, tmp_path / "trl", options), "dapo", ["kl"])
+
+
 def gap(left: Step, right: Step) -> float:
     """The largest difference between two steps' gradients."""
     return max((left.gradients[name] - gradient).abs().max().item() for name, gradient in right.gradients.items())
