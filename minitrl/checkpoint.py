@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .model import ARCHITECTURES, Model, ModelConfig, hf_tensors
 from .tokenizer import Tokenizer, read_json, write_json
@@ -54,7 +55,7 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Mode
                          f"but the model's vocab_size is {config.vocab_size}")
     files = _weight_files(folder)
     _check_tensors(files, config, folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = Model(config)
     model.to(dtype).to_empty(device=device)
     _fill(model, files)
@@ -173,6 +174,15 @@ def _check_tensors(files: dict[str, list[Path]], config: ModelConfig, folder: Pa
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing. On meta tensors it would change nothing either, but import for 1.5 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
