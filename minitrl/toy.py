@@ -1,8 +1,8 @@
 """The embedded default: a tiny model, its tokenizer and a task, so that `python -m minitrl.grpo` learns by itself.
 
 The task is to write five letters backwards: "fadbc>" is to be answered "cbdaf", and then to stop. The reward is built
-in, `exact`: 1 for the right answer, else 0. It says whether and never how, so sampling has to hit upon right answers for
-there to be anything to learn from. That is what the warm-up is for: supervised steps on other words, as few as make
+in, `exact`: 1 for the right answer, else 0. It says whether and never how, so sampling has to hit upon right answers
+for there to be anything to learn from. That is what the warm-up is for: supervised steps on other words, as few as make
 greedy answers right a quarter of the time. Reinforcement learning takes it from there.
 
 Everything follows from the seed. A word is in one of four sets and no other: the warm-up's, the words that tell when to
@@ -35,6 +35,9 @@ PRESET = {
     "max_steps": 500,
     "max_completion_length": 8,
     "rollout_batch_size": 256,
+    "logging_steps": 25,
+    "log_completions": True,
+    "num_completions_to_print": 3,
 }
 
 
