@@ -1,10 +1,11 @@
 """Learning curves, each beside a control arm that is rewarded at random:
 
-    python -m benchmarks.curves toy                    the embedded default, seeds 0, 1, 2              about 15 minutes on 2 cores
-    python -m benchmarks.curves chain_sum --data OUT   SmolLM2-135M-Instruct on sums                    about 1 hour
+    python -m benchmarks.curves toy                    the embedded default, seeds 0, 1, 2
+    python -m benchmarks.curves chain_sum --data OUT   SmolLM2-135M-Instruct on sums
     python -m benchmarks.curves gsm8k --data OUT       the same model, a few steps of real word problems
 
-OUT is what `python -m benchmarks.real OUT` made. Every arm is one run of `python -m minitrl.grpo`, by the command that stands in the result.
+OUT is what `python -m benchmarks.real OUT` made. Every arm is one run of `python -m minitrl.grpo`, by the command that
+stands in the result.
 Writes benchmarks/results/NAME.json and NAME.svg.
 """
 
@@ -23,11 +24,13 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
-CHAIN_SUM = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/chain_sum_train.jsonl --eval_dataset {data}/chain_sum_test.jsonl --eval_reward number"
+CHAIN_SUM = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/chain_sum_train.jsonl"
+CHAIN_SUM += " --eval_dataset {data}/chain_sum_test.jsonl --eval_reward number"
 CHAIN_SUM += " --max_steps 100 --prompts_per_step 8 --num_generations 8 --max_completion_length 32 --learning_rate 1e-5"
 CHAIN_SUM += " --lr_scheduler_type constant --eval_steps 20 --no_gradient_checkpointing --logging_steps 5 --seed {seed}"
-GSM8K = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/gsm8k.jsonl --max_steps 3 --prompts_per_step 4 --num_generations 4"
-GSM8K += " --max_completion_length 200 --logging_steps 1 --no_gradient_checkpointing --seed {seed}"
+GSM8K = "--model {data}/SmolLM2-135M-Instruct --dataset {data}/gsm8k.jsonl"
+GSM8K += " --max_steps 3 --prompts_per_step 4 --num_generations 4 --max_completion_length 200"
+GSM8K += " --logging_steps 1 --no_gradient_checkpointing --seed {seed}"
 EXPERIMENTS = {  # name -> (command line, seeds, rewards: the task's, and the control's)
     "toy": ("--seed {seed}", (0, 1, 2), ("exact", "random")),
     "chain_sum": (CHAIN_SUM, (0,), ("number", "random")),
@@ -53,7 +56,7 @@ def run(arguments: str, threads: int) -> dict:
 
 
 def summary(reward: str, seed: int, result: dict) -> dict:
-    """What the README's tables show of a run: held-out accuracy before and after, and the mean reward of the first and last tenth of its steps."""
+    """A run's row: held-out accuracy before and after, and the mean reward of the first and last tenth of its steps."""
     metrics = result["metrics"]
     evaluations = [row for row in metrics if "eval/accuracy" in row]
     rewards = [row["reward"] for row in metrics if "reward" in row]
@@ -97,14 +100,16 @@ def main() -> None:
     cases = [(reward, seed) for seed in seeds for reward in arms]
 
     def case(reward: str, seed: int) -> dict:
-        row = summary(reward, seed, run(filled.format(seed=seed) + f" --reward {reward}", os.cpu_count() // options.jobs))
+        result = run(filled.format(seed=seed) + f" --reward {reward}", os.cpu_count() // options.jobs)
+        row = summary(reward, seed, result)
         print({key: value for key, value in row.items() if key not in ("rewards", "accuracies", "command")}, flush=True)
         return row | {"command": row["command"].replace(options.data, "OUT")}
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(case, *zip(*cases)))
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    value = {"command": f"python -m benchmarks.curves {options.experiment} --jobs {options.jobs}", "machine": machine, "rows": rows}
+    command = f"python -m benchmarks.curves {options.experiment} --jobs {options.jobs}"
+    value = {"command": command, "machine": machine, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{options.experiment}.json").write_text(json.dumps(value, indent=1) + "\n")
     draw(options.experiment, rows)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.grpo_step --model OUT/SmolLM2-135M-Instruct [--peers PYTHON]
 
-Both sides load the same weights, each in a process of its own that stays alive, and take turns: one round of ours, one of theirs, so that
-whatever else the machine does falls on both. PYTHON is an interpreter that has transformers and trl (pip install -e '.[parity]').
+Both sides load the same weights, each in a process of its own that stays alive, and take turns: one round of ours, one
+of theirs, so that whatever else the machine does falls on both. PYTHON is an interpreter that has transformers and trl
+(pip install -e '.[parity]').
 
     step      8 prompts x 4 completions x 32 new tokens, every group with different rewards, end tokens ignored, no gradient
               checkpointing, AdamW's step included            against trl.GRPOTrainer
@@ -30,7 +31,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 SECTIONS = {"step": ("ours", "theirs"), "rollout": ("ours", "theirs"), "train": ("ours", "theirs", "limit")}
-TOKENS = {"step": 8 * 4 * 32, "rollout": 16 * 64, "train": 16 * 256}  # new tokens, new tokens, trained tokens
+TOKENS = {"step": 8 * 4 * 32, "rollout": 16 * 64, "train": 16 * 256}  # new ones, new ones, trained ones
 SETTINGS = {
     "ours": {"masters": "float32", "gradients": "float32", "attention": "packed, prompt shared", "logits": "in tiles"},
     "theirs": {"parameters, gradients and AdamW": "the dtype", "attention": "sdpa", "padding": "left, to the longest"},

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 READING_ORDER = (
-    "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py kernels/token_logprob.py "
-    "kernels/attention.py minitrl/rollout.py kernels/decode.py minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py "
+    "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py "
+    "kernels/token_logprob.py kernels/attention.py kernels/linear.py minitrl/rollout.py kernels/decode.py "
+    "minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py "
     "minitrl/distributed.py minitrl/checkpoint.py minitrl/tokenizer.py minitrl/config.py minitrl/toy.py"
 ).split()
 
@@ -77,19 +78,39 @@ def curves(name: str) -> str:
             f"{row['accuracy_before']:.3f} → {row['accuracy_after']:.3f}",
             f"{row['reward_first']:.3f} → {row['reward_last']:.3f}",
             row["steps"],
-            f"{row['seconds']:.0f} s",
+            f"{row['seconds']:.0f} s ({row['cpu_seconds']:.0f} core-seconds)",
         ]
         for row in result(name)["rows"]
     ]
-    head = ["seed", "reward", "held-out accuracy", "mean reward, first and last tenth of the steps", "steps", "whole command"]
+    head = ["seed", "reward", "held-out accuracy", "mean reward, first and last tenth", "steps", "whole command"]
     return markdown(head, rows) + f"\n\n`{result(name)['command']}`"
+
+
+def grpo_step() -> str:
+    """Both sides of each comparison, whichever is faster."""
+    peers = {"step": "TRL 1.16", "rollout": "transformers", "train": "transformers"}
+    rows = []
+    for row in result("grpo_step")["rows"]:
+        limit = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "–"
+        rows.append([
+            row["section"],
+            row["dtype"],
+            f"{row['ours_median']:.2f} s",
+            f"{row['theirs_median']:.2f} s ({peers[row['section']]})",
+            f"**{row['times_as_fast']:.2f}**",
+            f"{row['ours_peak_gib']:.2f} / {row['theirs_peak_gib']:.2f} GiB",
+            limit,
+        ])
+    head = ["work", "dtype", "minitrl", "peer", "times as fast", "peak memory", "share of the fastest product's rate"]
+    return markdown(head, rows)
 
 
 def defaults() -> str:
     """Every option of grpo.py, with TRL's default where it has the option."""
 
     def shown(value) -> str:
-        return " ".join(value) if isinstance(value, tuple) else str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        plain = " ".join(value) if isinstance(value, tuple) else str(value)
+        return plain.lower() if value is None or isinstance(value, bool) else plain
 
     rows = []
     for field in fields(grpo.Config):
@@ -104,7 +125,8 @@ def first_sentence(path: str) -> str:
 
 
 def files() -> str:
-    rows = [[f"[{path}]({path})", len((ROOT / path).read_text().splitlines()), first_sentence(path)] for path in READING_ORDER]
+    counts = {path: len((ROOT / path).read_text().splitlines()) for path in READING_ORDER}
+    rows = [[f"[{path}]({path})", lines, first_sentence(path)] for path, lines in counts.items()]
     return markdown(["file", "lines", "what"], rows)
 
 
@@ -113,7 +135,14 @@ def tests() -> str:
     return markdown(["file", "what it proves"], [[f"[{path}]({path})", first_sentence(path)] for path in paths])
 
 
-TABLES = {"toy": lambda: curves("toy"), "chain_sum": lambda: curves("chain_sum"), "files": files, "defaults": defaults, "tests": tests}
+TABLES = {
+    "toy": lambda: curves("toy"),
+    "chain_sum": lambda: curves("chain_sum"),
+    "grpo_step": grpo_step,
+    "files": files,
+    "defaults": defaults,
+    "tests": tests,
+}
 
 
 def filled(text: str) -> str:
