@@ -206,6 +206,11 @@ def rows(output_dir, name: str = "metrics") -> list[dict]:
     return [json.loads(line) for line in (Path(output_dir) / f"{name}.jsonl").read_text().splitlines()]
 
 
+def steps(output_dir) -> list[dict]:
+    """The metrics of the steps, without an evaluation that came before the first."""
+    return [row for row in rows(output_dir) if row["step"]]
+
+
 def untimed(output_dir) -> list[dict]:
     """The metrics without those that depend on the clock and the machine."""
     clocks = ("time/", "step_time", "tokens_per_second", "memory/")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from miniature import apart, launch, rows, run, untimed
+from miniature import apart, launch, rows, run, steps, untimed
 from safetensors.torch import load_file, save_file
 
 from minitrl import checkpoint, distributed, experience, grpo, losses, model, packing, training
@@ -291,7 +291,7 @@ def replaced(argv: list[str], **options) -> list[str]:
 def test_the_loss_on_policy_is_minus_the_mean_advantage(tiny, tmp_path):
     """-sum A L / sum L, over all tokens, also those of groups without signal; the ratio is 1 and nothing is clipped."""
     ends(tiny.argv(tmp_path, reward="rare", prompts_per_step=4))
-    for row in rows(tmp_path)[1:]:
+    for row in steps(tmp_path):
         group = [r for r in rows(tmp_path, "completions") if r["step"] == row["step"]]
         lengths = [len(r["completion_ids"]) for r in group]
         expected = -sum(r["advantage"] * n for r, n in zip(group, lengths)) / sum(lengths)
@@ -300,27 +300,27 @@ def test_the_loss_on_policy_is_minus_the_mean_advantage(tiny, tmp_path):
         assert row["clip_ratio/region_mean"] == 0
         assert row.get("sampling/sampling_logp_difference/max", 0) < 1e-4  # float32: sampler and trainer agree
         assert row.get("sampling/kl", 0) < 1e-8
-    assert {row["frac_reward_zero_std"] for row in rows(tmp_path)[1:]} > {0.5}  # some with, some without
+    assert {row["frac_reward_zero_std"] for row in steps(tmp_path)} > {0.5}  # some with, some without
 
 
 def test_later_iterations_are_off_policy(tiny, tmp_path):
     """The old log-probs are those from before the first update: the second iteration clips."""
     ends(tiny.argv(tmp_path, reward="tagged", num_iterations=3, max_steps=6, lr_scheduler_type="constant"))
-    clipped = [row["clip_ratio/region_mean"] for row in rows(tmp_path)[1:]]
+    clipped = [row["clip_ratio/region_mean"] for row in steps(tmp_path)]
     assert clipped[0] == clipped[3] == 0 and min(clipped[1:3] + clipped[4:]) > 0.01
     assert [row["step"] for row in rows(tmp_path, "completions")] == [1] * 8 + [4] * 8
-    assert ["sampling/kl" in row for row in rows(tmp_path)[1:]] == [True, False, False] * 2
+    assert ["sampling/kl" in row for row in steps(tmp_path)] == [True, False, False] * 2
 
 
 def test_the_reference_policy_is_where_training_began(tiny, tmp_path):
     """KL 0 at first, above it later; with --sync_ref_model and a mixture of 1 it is the policy of the step before."""
     ends(tiny.argv(tmp_path / "a", beta=0.05))
-    kl = [row["kl"] for row in rows(tmp_path / "a")[1:]]
+    kl = [row["kl"] for row in steps(tmp_path / "a")]
     assert abs(kl[0]) < 1e-9 and min(kl[1:]) > 1e-4
     ends(tiny.argv(tmp_path / "b", beta=0.05, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0))
-    assert max(abs(row["kl"]) for row in rows(tmp_path / "b")[1:]) < 1e-9
+    assert max(abs(row["kl"]) for row in steps(tmp_path / "b")) < 1e-9
     ends(tiny.argv(tmp_path / "c", beta=0.0))
-    assert "kl" not in rows(tmp_path / "c")[1]
+    assert "kl" not in steps(tmp_path / "c")[0]
 
 
 def weights(folder) -> dict:
@@ -331,19 +331,19 @@ def weights(folder) -> dict:
 def test_rewards_that_say_nothing_move_nothing(tiny, tmp_path, reward):
     """All equal, or None for every sample: gradient 0, no NaN, weights as they were."""
     outcome = ends(tiny.argv(tmp_path, reward=reward, log_completions=True, eval_dataset=tiny.folder / "data.jsonl"))
-    for row in rows(tmp_path)[1:]:
+    for row in steps(tmp_path):
         assert row["loss"] == row["grad_norm"] == 0 and row["trained_tokens"] == 0
         assert row["frac_reward_zero_std"] == 1 and row["frac_reward_none"] == (reward == "never")
         assert None not in row.values()
     assert all(row["advantage"] == 0 for row in rows(tmp_path, "completions"))
     before, after = weights(tiny.folder / "model"), weights(tmp_path / "final")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert ("reward" in rows(tmp_path)[1]) == (reward == "equal") and ("none  " in outcome.out) == (reward == "never")
+    assert ("reward" in steps(tmp_path)[0]) == (reward == "equal") and ("none  " in outcome.out) == (reward == "never")
 
 
 def test_equal_rewards_with_a_kl_penalty_are_still_finite(tiny, tmp_path):
     ends(tiny.argv(tmp_path, reward="equal", beta=0.1, scale_rewards="batch"))
-    assert all(row["loss"] == pytest.approx(0, abs=1e-6) and row["trained_tokens"] > 0 for row in rows(tmp_path)[1:])
+    assert all(row["loss"] == pytest.approx(0, abs=1e-6) and row["trained_tokens"] > 0 for row in steps(tmp_path))
 
 
 def test_several_rewards_are_weighted(tiny, tmp_path):
@@ -354,8 +354,8 @@ def test_several_rewards_are_weighted(tiny, tmp_path):
     last = [row for row in rows(tmp_path, "completions") if row["step"] == 4]
     for name in ("share_of_a", "tagged"):
         values = torch.tensor([row["rewards"][name] for row in last])
-        assert rows(tmp_path)[-1][f"rewards/{name}/mean"] == pytest.approx(values.mean().item(), abs=1e-5)
-        assert rows(tmp_path)[-1][f"rewards/{name}/std"] == pytest.approx(values.std().item(), abs=1e-5)
+        assert steps(tmp_path)[-1][f"rewards/{name}/mean"] == pytest.approx(values.mean().item(), abs=1e-5)
+        assert steps(tmp_path)[-1][f"rewards/{name}/std"] == pytest.approx(values.std().item(), abs=1e-5)
 
 
 def test_a_reward_for_each_domain(tiny, tmp_path):
@@ -366,11 +366,11 @@ def test_a_reward_for_each_domain(tiny, tmp_path):
         wanted, other = ("even", "odd") if answers[row["prompt"]] % 2 == 0 else ("odd", "even")
         assert row["rewards"][other] is None
         assert row["rewards"][wanted] == row["reward"] == row["completion"].count("a" if wanted == "even" else "b")
-    assert {row["frac_reward_none"] for row in rows(tmp_path)[1:]} == {0.0}
+    assert {row["frac_reward_none"] for row in steps(tmp_path)} == {0.0}
     ends(tiny.argv(tmp_path / "even", reward="even", prompts_per_step=8))
     none = [row for row in rows(tmp_path / "even", "completions") if row["reward"] is None]
     assert none and all(row["advantage"] == 0 for row in none)
-    assert sum(row["frac_reward_none"] for row in rows(tmp_path / "even")[1:]) == pytest.approx(len(none) / 32)
+    assert sum(row["frac_reward_none"] for row in steps(tmp_path / "even")) == pytest.approx(len(none) / 32)
 
 
 def test_dynamic_sampling_replaces_groups_without_signal(tiny, tmp_path, monkeypatch):
@@ -382,10 +382,10 @@ def test_dynamic_sampling_replaces_groups_without_signal(tiny, tmp_path, monkeyp
     assert 4 < many <= 4 * 7
     ends(tiny.argv(tmp_path / "without", reward="rare", prompts_per_step=4))
     assert len(generations) == many + 4
-    flat = {name: [row["frac_reward_zero_std"] for row in rows(tmp_path / name)[1:]] for name in ("with", "without")}
+    flat = {name: [row["frac_reward_zero_std"] for row in steps(tmp_path / name)] for name in ("with", "without")}
     assert sum(flat["with"]) <= 0.25 and sum(flat["without"]) >= 2
-    for step in range(1, 5):
-        group = [row["prompt"] for row in rows(tmp_path / "with", "completions") if row["step"] == step]
+    for number in range(1, 5):
+        group = [row["prompt"] for row in rows(tmp_path / "with", "completions") if row["step"] == number]
         assert len(group) == 16 and len(set(group)) == 4
 
 
@@ -403,7 +403,7 @@ def test_all_completions_truncated(tiny, tmp_path, monkeypatch):
     outcome = ends(tiny.argv(tmp_path, reward="tagged", mask_truncated_completions=True, max_completion_length=7))
     assert outcome.out.count("warning") == 1
     assert "100% of the completions ran into --max_completion_length 7" in outcome.out
-    for row in rows(tmp_path)[1:]:
+    for row in steps(tmp_path):
         assert row["loss"] == row["grad_norm"] == row["trained_tokens"] == 0 and row["completions/clipped_ratio"] == 1
         assert None not in row.values() and "completions/mean_terminated_length" not in row
 
@@ -432,7 +432,7 @@ def test_gradient_checkpointing_changes_no_bit(tiny, tmp_path):
 
 def test_bfloat16_trains_too(tiny, tmp_path):
     ends(tiny.argv(tmp_path, dtype="bfloat16", gradient_checkpointing=False))
-    for row in rows(tmp_path)[1:]:
+    for row in steps(tmp_path):
         assert 0 < row["sampling/sampling_logp_difference/mean"] < 0.05 and row["sampling/kl"] < 1e-2
     assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.bfloat16}
 
@@ -441,7 +441,7 @@ def test_fewer_prompts_than_a_step_takes(tiny, tmp_path):
     """Epochs run into each other: one row is drawn again and again, with other random numbers."""
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     ends(tiny.argv(tmp_path / "run", dataset=tmp_path / "one.jsonl", max_steps=None, num_train_epochs=4))
-    assert len(rows(tmp_path / "run")) == 1 + 2  # 4 epochs of one row, two prompts a step
+    assert len(steps(tmp_path / "run")) == 2  # 4 epochs of one row, two prompts a step
     assert len({tuple(row["completion_ids"]) for row in rows(tmp_path / "run", "completions")}) > 8
 
 
@@ -456,7 +456,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tiny, tmp_path):
 def test_cut_sampling_is_said(tiny, tmp_path):
     outcome = ends(tiny.argv(tmp_path, top_k=3, max_steps=1))
     assert "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled" in outcome.out
-    assert rows(tmp_path)[1]["sampling/kl"] > 0.01
+    assert steps(tmp_path)[0]["sampling/kl"] > 0.01
 
 
 def test_the_curve_is_drawn(tiny, tmp_path):
@@ -467,7 +467,7 @@ def test_the_curve_is_drawn(tiny, tmp_path):
 
 def mean_rewards(folder) -> tuple[float, float]:
     """Of the first and of the last five steps."""
-    values = [row["reward"] for row in rows(folder)[1:]]
+    values = [row["reward"] for row in steps(folder)]
     return sum(values[:5]) / 5, sum(values[-5:]) / 5
 
 
@@ -495,7 +495,7 @@ def said(outcome, code: int = 1) -> str:
     [
         (dict(learning_rte=1), "--learning_rte: .*--learning_rate"),
         (dict(num_generations=1), "--num_generations 1: must be at least 2"),
-        (dict(tokens_per_microbatch=27), "--tokens_per_microbatch 27: must be at least 28"),
+        (dict(tokens_per_microbatch=27), "--tokens_per_microbatch 27: must be at least .*28"),
         (dict(max_steps=0), "--max_steps 0"),
         (dict(temperature=0), "--temperature 0.0: must be above 0"),
         (dict(epsilon=-1), "--epsilon -1"),
@@ -591,7 +591,7 @@ def test_a_reward_that_fails_later_can_be_mended(tiny, tmp_path):
     assert launch(replaced(argv, output_dir=tmp_path / "whole")).code == 0
     (tmp_path / "mine.py").write_text(good.replace("c in", "c in [None] * (step == 2) +"))
     assert re.search(r"'mine' raised AttributeError: .*mine.py:2\)", said(launch(argv)))
-    assert rows(tmp_path / "run")[-1]["step"] == 2
+    assert steps(tmp_path / "run")[-1]["step"] == 2
     (tmp_path / "mine.py").write_text(good)
     assert launch([*argv, "--resume"]).code == 0
     assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
@@ -644,7 +644,7 @@ def test_not_finite_stops_before_the_update(tiny, tmp_path, monkeypatch, poison,
     dump = json.loads((tmp_path / "not_finite_step_3_rank_0.json").read_text())
     assert dump["step"] == 3 and re.match(words, dump["error"])
     assert [len(group["completions"]) for group in dump["groups"]] == [4, 4]
-    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+    assert [row["step"] for row in steps(tmp_path)] == [1, 2]
     monkeypatch.undo()
     assert run([*argv, "--resume"]).code == 0
     again = [row["completion_ids"] for row in rows(tmp_path, "completions") if row["step"] == 3]
@@ -656,9 +656,9 @@ def test_not_finite_on_one_process_stops_both(tiny, tmp_path, poison):
     argv = tiny.argv(tmp_path, reward="tagged", tokens_per_microbatch=1000)
     outcome = launch(argv, 2, hooks={1: functools.partial(poison, 2)})
     assert outcome.codes == [1, 1] and "Traceback" not in outcome.err
-    [step] = {int(step) for step in re.findall(r"error: step (\d): the ", outcome.err)}
-    assert outcome.err.count("\n") == 2 and rows(tmp_path)[-1]["step"] == step - 1
-    assert (tmp_path / f"not_finite_step_{step}_rank_1.json").exists()
+    [number] = {int(number) for number in re.findall(r"error: step (\d): the ", outcome.err)}
+    assert outcome.err.count("\n") == 2 and steps(tmp_path)[-1]["step"] == number - 1
+    assert (tmp_path / f"not_finite_step_{number}_rank_1.json").exists()
 
 
 def test_a_reward_that_raises_on_one_process_of_two(tiny, tmp_path):

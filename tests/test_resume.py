@@ -11,7 +11,7 @@ import os
 import signal
 
 import pytest
-from miniature import launch, rows, run, untimed
+from miniature import launch, rows, run, steps, untimed
 
 from minitrl import grpo
 
@@ -39,12 +39,12 @@ FAULTS = {  # where the process dies: function, the step whose metrics have been
 
 
 def at(target: str, step: int, call: int, what) -> None:
-    """Have `what()` called first in `target`, "module:attribute", at its call number `call` after `step` was logged."""
+    """Have `what` called before `target`, "module:attribute", at its call number `call` after `step` was logged."""
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original, log_step = getattr(owner, name), grpo.runs.Run.log_step
-    counts = {"step": -1, "calls": 0}
+    counts = {"step": 0, "calls": 0}
 
     def counting(run, logged, *arguments):
         counts["step"] = logged
@@ -96,7 +96,7 @@ def assert_same_end(one, other, step: int = 5) -> None:
     assert untimed(one) == untimed(other)
     for file in ("completions.jsonl", "final/model.safetensors", f"checkpoints/step_{step}/optimizer.safetensors"):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
-    assert [row["step"] for row in rows(one)] == list(range(step + 1))
+    assert [row["step"] for row in steps(one)] == list(range(1, step + 1))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def undisturbed(tiny, tmp_path_factory):
 def test_kill_9(tiny, tmp_path, undisturbed, where, kind):
     argv = tiny.argv(tmp_path, save_steps=2, **KINDS[kind])
     assert launch(argv, hooks={0: killed(where)}).code == -signal.SIGKILL
-    assert len(rows(tmp_path)) in (4, 5, 6) and not (tmp_path / "final").exists()  # far in, and not at the end
+    assert len(steps(tmp_path)) in (3, 4, 5) and not (tmp_path / "final").exists()  # far in, and not at the end
     saved = {"renamed": 4, "final": 5}.get(where, 2)
     outcome = launch([*argv, "--resume"])
     assert outcome.code == 0 and f"--resume: going on after step {saved}\n" in outcome.out, outcome
@@ -175,7 +175,7 @@ def test_a_signal_ends_the_step_and_saves(tiny, tmp_path, undisturbed, kind, num
     step = 3 if "iterations" in kind else 1
     outcome = launch(argv, hooks={0: signalled(number, step=step)})
     assert outcome.code == code and "finishing this step, then saving" in outcome.err and "Traceback" not in outcome.err
-    assert last(tmp_path) == rows(tmp_path)[-1]["step"] == step + 1 and not (tmp_path / "final").exists()
+    assert last(tmp_path) == steps(tmp_path)[-1]["step"] == step + 1 and not (tmp_path / "final").exists()
     assert launch([*argv, "--resume"]).code == 0
     assert_same_end(undisturbed(kind), tmp_path)
 
@@ -183,7 +183,7 @@ def test_a_signal_ends_the_step_and_saves(tiny, tmp_path, undisturbed, kind, num
 def test_a_signal_before_the_first_step(tiny, tmp_path, undisturbed):
     """During the evaluation that comes first: there is nothing to save, and the run starts over."""
     argv = [*tiny.argv(tmp_path, **KINDS["float32"]), "--eval_dataset", str(tiny.folder / "data.jsonl")]
-    assert launch(argv, hooks={0: signalled(signal.SIGTERM, step=-1)}).code == 143
+    assert launch(argv, hooks={0: signalled(signal.SIGTERM, step=0)}).code == 143
     assert not (tmp_path / "checkpoints").exists()
     outcome = launch([*argv, "--resume"])
     assert outcome.code == 0 and "no checkpoint yet, starting over" in outcome.out
@@ -203,7 +203,7 @@ def test_a_signal_to_one_process_stops_both(tiny, tmp_path, undisturbed):
 def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path):
     outcome = launch(tiny.argv(tmp_path, save_steps=1), hooks={0: signalled(signal.SIGINT, signal.SIGINT)})
     assert outcome.code == -signal.SIGINT  # which shells report as 130
-    assert last(tmp_path) == rows(tmp_path)[-1]["step"] == 1
+    assert last(tmp_path) == steps(tmp_path)[-1]["step"] == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
@@ -227,7 +227,7 @@ def test_step_10_is_newer_than_step_9(tiny, tmp_path):
     assert run(tiny.argv(tmp_path, max_steps=10, **options)).code == 0
     outcome = run([*tiny.argv(tmp_path, max_steps=11, **options), "--resume"])
     assert outcome.code == 0 and "going on after step 10\n" in outcome.out
-    assert [row["step"] for row in rows(tmp_path)] == list(range(12))
+    assert [row["step"] for row in steps(tmp_path)] == list(range(1, 12))
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -263,7 +263,7 @@ def test_another_number_of_processes(tiny, tmp_path, undisturbed):
     ours, theirs = rows(tmp_path, "completions"), rows(undisturbed("float32"), "completions")
     assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
     assert [row["completion_ids"] for row in ours[:16]] == [row["completion_ids"] for row in theirs[:16]]
-    assert [row["step"] for row in rows(tmp_path)] == list(range(6))
+    assert [row["step"] for row in steps(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_the_table_of_completions_after_a_resume_amid_a_buffer(tiny, tmp_path):
