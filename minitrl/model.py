@@ -33,7 +33,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-ROWS = 256  # that Normalise computes at a time: what it computes on the way stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -188,37 +187,28 @@ class Linear(nn.Linear):
 
 
 class Normalise(torch.autograd.Function):
-    """y = x / rms(x) * weight, for training on a CPU.
+    """y = n weight, n = x / rms(x), for training on a CPU.
 
-    It is twice as fast as PyTorch's own there, and keeps x alone for the backward pass, not two float32 copies as well.
+    It takes two thirds of the time of PyTorch's own there, and keeps x alone, not two float32 copies of it as well:
 
-    With n = x / rms(x) and g = dy * weight:    dx = (g - n mean(g n)) / rms(x)        dweight = sum over rows of dy n
+        dweight = sum over rows of dy n        dx = (dy weight - n mean(dy weight n)) / rms(x)
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows)
-        inverse = rows.new_empty(len(rows), 1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for x_b, inverse_b, out_b in zip(*(t.split(ROWS) for t in (rows, inverse, out))):
-            wide = x_b.to(inverse.dtype)
-            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=inverse_b)
-            out_b.copy_((wide * inverse_b).mul_(weight))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return out.view(x.shape)
+        return (wide * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, inverse = ctx.saved_tensors
-        rows, dx = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        d_weight = torch.zeros_like(weight, dtype=inverse.dtype)
-        blocks = (t.split(ROWS) for t in (rows, inverse, dy.reshape(rows.shape), dx.view(rows.shape)))
-        for x_b, inverse_b, dy_b, dx_b in zip(*blocks):
-            n, dy_b = x_b * inverse_b, dy_b.to(inverse.dtype)
-            d_weight += (dy_b * n).sum(0)
-            g = dy_b * weight
-            dx_b.copy_(g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(inverse_b))
-        return dx, d_weight.to(weight.dtype), None
+        n, wide_weight = x * inverse, weight.to(inverse.dtype)
+        product = dy * n
+        mean = (product @ wide_weight)[..., None] / len(weight)
+        dx = (dy * wide_weight).addcmul_(n, mean, value=-1).mul_(inverse)
+        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
