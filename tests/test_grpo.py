@@ -303,9 +303,20 @@ def test_the_loss_on_policy_is_minus_the_mean_advantage(tiny, tmp_path):
     assert {row["frac_reward_zero_std"] for row in steps(tmp_path)} > {0.5}  # some with, some without
 
 
-def test_later_iterations_are_off_policy(tiny, tmp_path):
-    """The old log-probs are those from before the first update: the second iteration clips."""
-    ends(tiny.argv(tmp_path, reward="tagged", num_iterations=3, max_steps=6, lr_scheduler_type="constant"))
+def test_the_temperature_is_that_of_sampling(tiny, tmp_path):
+    """The log-probs that are trained, and the reference's, are of the distribution that was sampled from."""
+    ends(tiny.argv(tmp_path, reward="tagged", temperature=0.6, beta=0.1))
+    assert abs(steps(tmp_path)[0]["kl"]) < 1e-9
+    assert max(row["sampling/sampling_logp_difference/max"] for row in steps(tmp_path)) < 1e-4
+
+
+def test_later_iterations_are_off_policy(tiny, tmp_path, monkeypatch):
+    """The old log-probs are those from before the first update: the second iteration clips. The reference's log-probs are
+    worked out once for a generation."""
+    passes = recorded(monkeypatch, grpo, "score")
+    options = dict(num_iterations=3, max_steps=6, lr_scheduler_type="constant", beta=0.05)
+    ends(tiny.argv(tmp_path, reward="tagged", **options))
+    assert len(passes) == 2
     clipped = [row["clip_ratio/region_mean"] for row in steps(tmp_path)]
     assert clipped[0] == clipped[3] == 0 and min(clipped[1:3] + clipped[4:]) > 0.01
     assert [row["step"] for row in rows(tmp_path, "completions")] == [1] * 8 + [4] * 8
@@ -422,9 +433,12 @@ def test_the_overlong_penalty_is_part_of_the_reward(tiny, tmp_path):
         assert row["reward"] == pytest.approx(0.1 + min(0, (8 - len(row["completion_ids"])) / 4))
 
 
-def test_gradient_checkpointing_changes_no_bit(tiny, tmp_path):
-    for name in ("on", "off"):
+def test_gradient_checkpointing_changes_no_bit(tiny, tmp_path, monkeypatch):
+    layers = recorded(monkeypatch, model, "checkpoint")
+    for name in ("off", "on"):
+        assert not layers
         ends(tiny.argv(tmp_path / name, beta=0.1, num_iterations=2, gradient_checkpointing=name == "on"))
+    assert layers
     assert untimed(tmp_path / "on") == untimed(tmp_path / "off")
     on, off = weights(tmp_path / "on" / "final"), weights(tmp_path / "off" / "final")
     assert all(torch.equal(on[name], off[name]) for name in on)
@@ -433,7 +447,8 @@ def test_gradient_checkpointing_changes_no_bit(tiny, tmp_path):
 def test_bfloat16_trains_too(tiny, tmp_path):
     ends(tiny.argv(tmp_path, dtype="bfloat16", gradient_checkpointing=False))
     for row in steps(tmp_path):
-        assert 0 < row["sampling/sampling_logp_difference/mean"] < 0.05 and row["sampling/kl"] < 1e-2
+        name = "sampling/sampling_logp_difference"
+        assert 0 < row[f"{name}/mean"] < 0.05 and row[f"{name}/mean"] < row[f"{name}/max"] and row["sampling/kl"] < 1e-2
     assert {tensor.dtype for tensor in weights(tmp_path / "final").values()} == {torch.bfloat16}
 
 
