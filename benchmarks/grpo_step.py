@@ -273,19 +273,19 @@ def main() -> None:
 
     import torch
 
-    rows = []
-    for section in options.sections:
-        for dtype in options.dtypes:
-            rows.append(compare(section, dtype, options))
-            print({key: value for key, value in rows[-1].items() if not key.endswith("_seconds")}, flush=True)
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     value = {
         "command": "python -m benchmarks.grpo_step --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
-        "machine": machine | {"torch": torch.__version__, "load": os.getloadavg()},
+        "machine": machine | {"torch": torch.__version__},
         "settings": SETTINGS,
-        "rows": rows,
+        "rows": [],
     }
-    (RESULTS / "grpo_step.json").write_text(json.dumps(value, indent=1) + "\n")
+    for section in options.sections:
+        for dtype in options.dtypes:
+            row = compare(section, dtype, options) | {"load_average": os.getloadavg()[0]}
+            print({key: value for key, value in row.items() if not key.endswith("_seconds")}, flush=True)
+            value["rows"].append(row)
+            (RESULTS / "grpo_step.json").write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
 
 
 if __name__ == "__main__":

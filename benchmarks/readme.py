@@ -1,6 +1,6 @@
 """Fill the README's tables from the committed results and from the code itself: `python -m benchmarks.readme`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_house.py fails when one is out of date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import ast
