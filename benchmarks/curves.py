@@ -85,7 +85,8 @@ def draw(name: str, rows: list[dict]) -> None:
         right.plot(*zip(*row["accuracies"]), linewidth=1.2, marker=".", label=label, **look)
     left.set(xlabel="step", ylabel="mean reward of the step")
     right.set(xlabel="step", ylabel="held-out greedy accuracy", ylim=(0, 1))
-    right.legend(fontsize=7)
+    if right.lines:  # not every experiment has held-out data
+        right.legend(fontsize=7)
     figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
