@@ -17,7 +17,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.20",
         "numpy>=1.26",
-        "jinja2>=3.1.5",  # older sandboxes could be escaped from
+        "jinja2>=3.1.6",  # older sandboxes could be escaped from
         "tqdm>=4.60",
         "PyYAML>=6.0",
         "huggingface_hub>=0.26",
