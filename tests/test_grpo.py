@@ -321,6 +321,8 @@ def test_later_iterations_are_off_policy(tiny, tmp_path, monkeypatch):
     assert clipped[0] == clipped[3] == 0 and min(clipped[1:3] + clipped[4:]) > 0.01
     assert [row["step"] for row in rows(tmp_path, "completions")] == [1] * 8 + [4] * 8
     assert ["sampling/kl" in row for row in steps(tmp_path)] == [True, False, False] * 2
+    tokens = [row["num_tokens"] for row in steps(tmp_path)]  # counted once, however often they are trained on
+    assert tokens[0] == tokens[2] < tokens[3] == tokens[5]
 
 
 def test_the_reference_policy_is_where_training_began(tiny, tmp_path):

@@ -168,6 +168,17 @@ def test_two_steps_and_two_more(tiny, tmp_path, kind):
     assert steps[0] != steps[1]
 
 
+def test_the_embedded_default_is_warmed_up_to_the_same_weights(tmp_path):
+    """Its model is made anew by each process: it must be the one that the run began with."""
+    argv = ["--max_steps", "3", "--save_steps", "2", "--device", "cpu", "--beta", "0.01", "--output_dir"]
+    assert launch([*argv, str(tmp_path / "whole")]).code == 0
+    hook = functools.partial(at, "minitrl.rollout:draw", 2, 3, die)
+    assert launch([*argv, str(tmp_path / "killed")], hooks={0: hook}).code == -signal.SIGKILL
+    outcome = launch([*argv, str(tmp_path / "killed"), "--resume"])
+    assert outcome.code == 0 and "going on after step 2" in outcome.out
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", 3)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_ends_the_step_and_saves(tiny, tmp_path, undisturbed, kind, number, code):
