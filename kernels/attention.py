@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES = 128  # of a unit: the more, the more scores are computed only to be masked
-SCORES = 2**20  # of a tile, over all heads: what stays in cache
+QUERIES = 64  # of a unit: the more, the more scores are computed only to be masked
+SCORES = 2**19  # of a tile, over all heads: what stays in cache
 
 
 def attention_reference(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengths=None, prefixes=None):

@@ -9,7 +9,8 @@ switch for that, but there are the operators that torch.compile uses: one lays a
 
       Y = X W^T + b        dX = dY W        dW = dY^T X        db = the sum of dY's rows
 
-* Decoding multiplies few rows by the same weights again and again. Within `packed_weights` these are packed once.
+* Sampling multiplies by the same weights again and again. Within `packed_weights` these are packed once, and what comes
+  after the product, a residual or the gate of an MLP, is done to it before it leaves the registers.
 
 All is summed in the inputs' own precision, as by F.linear, in another order.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 FEW_ROWS = 256  # below, packing a weight for one product takes longer than it saves
 SMALL = 2**18  # below so many numbers in a weight, so does the call
 
-_packed: dict[Tensor, Tensor] | None = None  # weight -> its packed copy, within `packed_weights`
+_packed: dict[Tensor, Tensor | list[Tensor]] | None = None  # weight -> packed copy, or its halves'
 
 
 def _has_onednn() -> bool:
@@ -50,15 +51,36 @@ def packed_weights():
         _packed = outer
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias. x: (N, I).  weight: (O, I).  bias: (O,).  Returns (N, O) in their dtype; differentiable."""
-    if _packed is not None and len(x) < FEW_ROWS and _suits_onednn(x, weight) and not torch.is_grad_enabled():
-        if weight not in _packed:
-            _packed[weight] = _pack(weight)
-        return _multiply(x, _packed[weight], bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias + residual. x: (N, I).  weight: (O, I).  bias: (O,).  residual, result: (N, O).
+
+    All of one dtype; differentiable.
+    """
+    if _sampling(x, weight):
+        packed = _packed[weight] if weight in _packed else _packed.setdefault(weight, _pack(weight))
+        return _multiply(x, packed, bias) if residual is None else _multiply_and(x, packed, bias, residual, "add")
     if len(x) >= FEW_ROWS and x.dtype == torch.float32 and _suits_onednn(x, weight):
-        return OneDNNLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+        y = OneDNNLinear.apply(x, weight, bias)
+    else:
+        y = F.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(x Wg^T + bg) * (x Wu^T + bu) (arXiv 2002.05202): the gates' rows of the weight, then as many of the ups.
+
+    x: (N, I).  weight: (2 F, I).  bias: (2 F,).  Returns (N, F); differentiable.
+    """
+    if _sampling(x, weight):
+        halves = _packed[weight] if weight in _packed else _packed.setdefault(weight, [*map(_pack, weight.chunk(2))])
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        return _multiply_and(x, halves[1], up_bias, _multiply(x, halves[0], gate_bias, "swish"), "mul")
+    return SwiGLU.apply(linear(x, weight, bias))
+
+
+def _sampling(x: Tensor, weight: Tensor) -> bool:
+    """Whether the weight is multiplied by its packed copy."""
+    return _packed is not None and _suits_onednn(x, weight) and not torch.is_grad_enabled()
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -70,6 +92,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.float32 and _suits_onednn(x, weight):
         return _multiply(x, _pack(weight), bias)
     return F.linear(x, weight, bias)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of a (N, 2 F) matrix of gates and ups, keeping nothing but that matrix."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate_up = ctx.saved_tensors[0]
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=d_gate)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        return d_gate_up
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -93,5 +135,10 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
 
 
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "")
+
+
+def _multiply_and(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor, operation: str) -> Tensor:
+    """The product, and then `operation` ("add" or "mul") with another matrix."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, operation)

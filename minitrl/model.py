@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
-from .kernels.linear import linear
+from .kernels.linear import linear, swiglu
 from .kernels.token_logprob import token_logprob
 from .packing import Pack, pack
 
@@ -182,8 +182,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, residual)
 
 
 class Normalise(torch.autograd.Function):
@@ -224,30 +224,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of a (N, 2 F) matrix of gates and ups (arXiv 2002.05202), keeping nothing but that matrix."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate_up = ctx.saved_tensors[0]
-        gate, up = gate_up.chunk(2, dim=-1)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward(dy * up, gate, grad_input=d_gate)
-        torch.mul(dy, F.silu(gate), out=d_up)
-        return d_gate_up
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864), rotating halves as Llama checkpoints expect. cos, sin: (N, 1, E / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """RoPE (arXiv 2104.09864), rotating halves (a, b) to (a cos - b sin, b cos + a sin) as Llama checkpoints expect.
+
+    cos, sin: (N, 1, E), [cos, cos] and [-sin, sin] of the angles.
+    """
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1) * sin)
 
 
 class Block(nn.Module):
@@ -259,19 +241,24 @@ class Block(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, size
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.qkv_proj = Linear(width, (self.heads + 2 * self.kv_heads) * size, bias=config.qkv_bias)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = Linear(self.heads * size, width, bias=config.o_bias)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.gate_up_proj = Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
+        heads = [self.heads, self.kv_heads]
         qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, E)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = x + self.o_proj(attend(layer, q, k, v).flatten(1))
-        return x + self.down_proj(SwiGLU.apply(self.gate_up_proj(self.post_attention_layernorm(x))))
+        qk, v = qkv.split([sum(heads), self.kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = qk.split(heads, dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        q, k = rotate(qk, cos, sin).split(heads, dim=1)
+        x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
+        up = self.gate_up_proj
+        return self.down_proj(swiglu(self.post_attention_layernorm(x), up.weight, up.bias), x)
 
 
 class Model(nn.Module):
@@ -298,6 +285,7 @@ class Model(nn.Module):
         x = self.embed_tokens(tokens_N)
         angles = positions_N[:, None, None].float() * self.frequencies.to(positions_N.device)  # (N, 1, E / 2)
         cos, sin = (angles.cos() * self.rope_factor).to(x.dtype), (angles.sin() * self.rope_factor).to(x.dtype)
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, layer, attend, use_reentrant=False)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.attention import attention
-from .kernels.decode import decode
+from .kernels.decode import decode, make_layout
 from .kernels.linear import linear, packed_weights
 from .packing import pack
 
@@ -449,12 +449,14 @@ class Engine:
         table = self.page_table[[s.row for s in running], : cached.max() // size + 1]
         slots = self.pool.slots(table[np.arange(len(running)), cached // size], cached)
         tokens, positions, table = (torch.from_numpy(x).to(slots.device) for x in (tokens, cached, table))
-        lengths = positions + 1
+        lengths, windows = positions + 1, self.model.config.windows
+        options = (table, lengths, self.pool.shape[0], size)
+        layouts = {window: make_layout(*options, window, self.pool.like.dtype) for window in set(windows)}
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
-            keys, values, window = self.pool.keys[layer], self.pool.values[layer], self.model.config.windows[layer]
-            return decode(q, keys, values, table, lengths, window=window)
+            keys, values, window = self.pool.keys[layer], self.pool.values[layer], windows[layer]
+            return decode(q, keys, values, table, lengths, window=window, layout=layouts[window])
 
         return self.model.hidden(tokens, positions, attend)
 
