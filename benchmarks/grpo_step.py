@@ -8,10 +8,13 @@ of theirs, so that whatever else the machine does falls on both. PYTHON is an in
 
     step      8 prompts x 4 completions x 32 new tokens, every group with different rewards, end tokens ignored, no gradient
               checkpointing, AdamW's step included            against trl.GRPOTrainer
-    rollout   16 prompts of 64 tokens, 64 new tokens each      against transformers' generate
-    train     forward and backward of 16 x 256 tokens          against transformers, and against the fastest product of a
-              4096 x 576 matrix with a 3072 x 576 weight that this machine does in the same run, weight packing included;
-              6 FLOPs a parameter and token are counted, so recomputing the head's logits counts as lost
+    groups    4 prompts of 64 tokens x 4 completions x 64 new tokens, as GRPO samples them: against transformers'
+              generate, which gets each prompt 4 times
+    rollout   16 different prompts of 64 tokens, 64 new tokens each, so that nothing is shared: the same
+    train     forward and backward of 16 x 256 tokens, ours in two packs of 2048: against transformers, and against the
+              fastest product of a 4096 x 576 matrix with a 3072 x 576 weight that this machine does in the same run,
+              weight packing included; 6 FLOPs a parameter and token are counted, so computing the head's logits again
+              in the backward pass counts as lost
 
 Writes benchmarks/results/grpo_step.json: medians over the rounds, the rounds themselves, and each side's peak memory.
 """
@@ -30,8 +33,9 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
-SECTIONS = {"step": ("ours", "theirs"), "rollout": ("ours", "theirs"), "train": ("ours", "theirs", "limit")}
-TOKENS = {"step": 8 * 4 * 32, "rollout": 16 * 64, "train": 16 * 256}  # new ones, new ones, trained ones
+SECTIONS = {section: ("ours", "theirs") for section in ("step", "groups", "rollout")}
+SECTIONS["train"] = ("ours", "theirs", "limit")
+TOKENS = {"step": 8 * 4 * 32, "groups": 16 * 64, "rollout": 16 * 64, "train": 16 * 256}  # new ones; of train, all
 SETTINGS = {
     "ours": {"masters": "float32", "gradients": "float32", "attention": "packed, prompt shared", "logits": "in tiles"},
     "theirs": {"parameters, gradients and AdamW": "the dtype", "attention": "sdpa", "padding": "left, to the longest"},
@@ -53,17 +57,19 @@ def ours(section: str, dtype: str, model: str):
 
     policy, tokenizer = minitrl.load(model, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
-    if section == "rollout":
-        engine = minitrl.Engine(policy, tokenizer)
-        prompts = torch.randint(100, 49000, (16, 64), generator=generator).tolist()
-        return lambda: engine.generate(prompts, max_tokens=64, ignore_eos=True)
+    if section in ("groups", "rollout"):
+        engine, n = minitrl.Engine(policy, tokenizer), 4 if section == "groups" else 1
+        prompts = torch.randint(100, 49000, (16 // n, 64), generator=generator).tolist()
+        return lambda: engine.generate(prompts, n=n, max_tokens=64, ignore_eos=True)
     if section == "train":
-        pack = packing.pack(torch.randint(100, 49000, (16, 256), generator=generator).tolist())
+        ids = torch.randint(100, 49000, (16, 256), generator=generator).tolist()
+        packs = [packing.pack(ids[:8]), packing.pack(ids[8:])]
 
         def round_():
             policy.zero_grad()
-            logprobs, _ = policy.logprobs(pack, pack.predictors_T >= 0)
-            (-logprobs.sum() / (16 * 255)).backward()
+            for pack in packs:
+                logprobs, _ = policy.logprobs(pack, pack.predictors_T >= 0)
+                (-logprobs.sum() / (16 * 255)).backward()
 
         return round_
     config = grpo.Config(
@@ -73,7 +79,7 @@ def ours(section: str, dtype: str, model: str):
         num_generations=4,
         max_prompt_length=128,
         max_completion_length=32,
-        tokens_per_microbatch=768,
+        tokens_per_microbatch=400,
         dtype=dtype,
         output_dir=tempfile.mkdtemp(),
     )
@@ -109,8 +115,10 @@ def theirs(section: str, dtype: str, model: str):
         return trl_step(kind, model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
     torch.manual_seed(0)
-    if section == "rollout":
+    if section in ("groups", "rollout"):
         ids = torch.randint(100, 49000, (16, 64))
+        if section == "groups":
+            ids = ids[:4].repeat_interleave(4, dim=0)
         options = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=1.0, top_k=0)
         with_mask = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 

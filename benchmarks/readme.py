@@ -88,7 +88,7 @@ def curves(name: str) -> str:
 
 def grpo_step() -> str:
     """Both sides of each comparison, whichever is faster."""
-    peers = {"step": "TRL 1.16", "rollout": "transformers", "train": "transformers"}
+    peers = {"step": "TRL 1.16", "groups": "transformers", "rollout": "transformers", "train": "transformers"}
     rows = []
     for row in result("grpo_step")["rows"]:
         limit = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "–"

@@ -126,7 +126,10 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = product(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
+        dw = None
+        if ctx.needs_input_grad[1]:  # oneDNN's own, which needs no transposed copies
+            dense = dy.to_mkldnn(), x.to_mkldnn(), weight.to_mkldnn()
+            dw = torch.ops.aten.mkldnn_linear_backward_weights(*dense, False)[0].to_dense()
         return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
