@@ -36,10 +36,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-import triton.language as tl
 
 # Triton imports this one when it first compiles. Imported while `tl` is patched, it would keep the patched functions.
 import triton.compiler.code_generator  # noqa: F401
+import triton.language as tl
 from triton.backends.amd.compiler import HIPOptions
 from triton.backends.nvidia.compiler import CUDAOptions
 from triton.language.semantic import TritonSemantic
@@ -280,10 +280,18 @@ class Builder(stock.InterpreterBuilder):
     launch: Running | None = None
     strict = True
 
-    binary_op = in_float32(stock.InterpreterBuilder.binary_op)
     unary_op = in_float32(stock.InterpreterBuilder.unary_op)
     create_fma = in_float32(stock.InterpreterBuilder.create_fma)
     create_clampf = in_float32(stock.InterpreterBuilder.create_clampf)
+
+    @in_float32
+    def binary_op(self, left, right, operation):
+        result = super().binary_op(left, right, operation)
+        if self.strict and result.data.dtype == np.int32 and operation in (np.add, np.subtract, np.multiply):
+            wide = operation(left.data.astype(np.int64), right.data)
+            if not np.array_equal(wide, result.data):
+                raise OverflowError(f"{self.launch.where()}: {wide.max()} in 32 bits")
+        return result
 
     def get_bf16(self, value):
         return narrow(TensorHandle(np.array([value], np.float32), tl.float32))
@@ -450,8 +458,7 @@ def interpreted(schedule: str = "forward", target: str = "sm_90", strict: bool =
     def run(kernel, *args, grid, warmup=False, **kwargs):
         launch(kernel, log, schedule, strict, args, kwargs, grid)
 
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    threads = torch.get_num_threads()
+    deterministic, threads = torch.get_deterministic_debug_mode(), torch.get_num_threads()
     with ExitStack() as stack:
 
         def patch(where, name, value):
@@ -461,15 +468,15 @@ def interpreted(schedule: str = "forward", target: str = "sm_90", strict: bool =
         patch(stock, "interpreter_builder", builder)
         patch(stock, "interpreter_semantic", semantic)
         patch(builder, "strict", strict)
-        patch(builder, "options", stock.InterpreterOptions(debug=strict, sanitize_overflow=strict))
+        patch(builder, "options", stock.InterpreterOptions(sanitize_overflow=False))  # slower than what is done here
         patch(JITFunction, "run", run)
         patch(JITFunction, "__call__", call_device_function)
         patch(builtins, "_to_tensor", semantic.to_tensor)
         language = stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         stack.callback(language.restore)
         stack.enter_context(np.errstate(all="ignore"))
-        torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-        stack.callback(torch.use_deterministic_algorithms, deterministic[0], warn_only=deterministic[1])
+        torch.set_deterministic_debug_mode("warn")  # fills new memory with NaN
+        stack.callback(torch.set_deterministic_debug_mode, deterministic)
         torch.set_num_threads(1)
         stack.callback(torch.set_num_threads, threads)
         yield log

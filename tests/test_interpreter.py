@@ -227,7 +227,7 @@ def test_integers_that_overflow():
     with interpreted():
         offsets_kernel[(1,)](x, 70_000, 65_536, True)
         assert x.item() == 70_000 * 65_536
-        with pytest.raises(AssertionError, match="overflow"):
+        with pytest.raises(OverflowError, match="4587520000 in 32 bits"):
             offsets_kernel[(1,)](x, 70_000, 65_536, False)
 
 
@@ -401,3 +401,16 @@ def test_without_strictness_it_only_counts():
     assert total.item() == 16 and undefined.item() == 5
     count = log["accumulate_kernel"].arguments["total"]
     assert (count.loaded, count.stored, count.atomic, count.touched) == (32, 32, 32, 8)
+
+
+def test_faults_planted_in_kernels_are_interpreted():
+    """A mutated module's kernels run as mutated: Triton reads their source again."""
+    import sys
+
+    from faults import mutant
+
+    faulty = mutant(sys.modules[__name__], "return x + x" + "\n", "return x * x\n")
+    out = torch.empty(2)
+    with interpreted():
+        faulty.arithmetic_kernel[(1,)](torch.tensor([1.0, 3.0]), torch.tensor([4.0, 5.0]), out, 2)
+    assert out.tolist() == [1 - 4, 9 - 5]
