@@ -22,7 +22,26 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300X
 
 # Kernel -> target -> its constexpr tile sizes, and Triton's num_warps (of 32 threads, on gfx942 of 64) and num_stages
 # (how many steps of a loop are in flight). "/64" and the like behind a name: for heads of that size.
-CONFIGS: dict[str, dict[str, dict]] = {}
+CONFIGS: dict[str, dict[str, dict]] = {
+    "attention.forward/64": {
+        "sm_80": dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=3),
+        "sm_90": dict(QUERIES=128, KEYS=64, num_warps=4, num_stages=3),
+        "sm_100": dict(QUERIES=128, KEYS=64, num_warps=4, num_stages=3),
+        "gfx942": dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=1),
+    },
+    "attention.dq/64": {
+        "sm_80": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2),
+        "sm_90": dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=2),
+        "sm_100": dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=2),
+        "gfx942": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=1),
+    },
+    "attention.dkv/64": {
+        "sm_80": dict(QUERIES=32, KEYS=128, num_warps=8, num_stages=2),
+        "sm_90": dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2),
+        "sm_100": dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2),
+        "gfx942": dict(QUERIES=32, KEYS=64, num_warps=4, num_stages=1),
+    },
+}
 
 interpreted_as: str | None = None  # tests: the target that the CPU stands in for, while an interpreter runs the kernels
 
