@@ -24,16 +24,16 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300X
 # (how many steps of a loop are in flight). "/64" and the like behind a name: for heads of that size.
 CONFIGS: dict[str, dict[str, dict]] = {
     "matmul": {
-        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=4, num_stages=4),
-        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
-        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
     "matmul/float32": {
-        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
     "token_logprob_fwd": {
         "sm_80": dict(ROWS=256, COLUMNS=128, DEPTH=32, GROUP=16, TMA=False, num_warps=8, num_stages=4),
