@@ -250,7 +250,7 @@ def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
     """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
     for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
     narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 512)
-    return f"token_logprob_fwd{'/narrow' if narrow else rows_of(hidden.dtype)}"
+    return f"token_logprob.forward{'/narrow' if narrow else rows_of(hidden.dtype)}"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> dict:
@@ -280,7 +280,7 @@ def launch_forward(hidden, weight, targets, temperature, kept=None):
 def launch_fold(chosen, partials, temperature) -> Tensor:
     """-> (4, T): log-probs, entropy, reference, log2_total."""
     out = chosen.new_empty(4, len(chosen))
-    tiles = config("token_logprob_fold")
+    tiles = config("token_logprob.fold")
     grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
     token_logprob_fold_kernel[grid](
         partials, chosen, *out, len(chosen), len(partials), 1 / temperature, **tiles
@@ -345,7 +345,7 @@ class Gradients:
             stop = min(start + CHUNK, self.bounds[i + 1])
             dz = self.buffer[: T * (stop - start)].view(T, stop - start)
             rest = *self.vectors, dz, T, V, D, start, stop, 1 / self.temperature
-            row = f"token_logprob_bwd{rows_of(dz.dtype)}"
+            row = f"token_logprob.backward{rows_of(dz.dtype)}"
             launch_tiles(token_logprob_bwd_kernel, row, self.hidden, self.weight, stop - start, *rest)
             if self.needs_hidden:
                 add_product(part, dz, self.weight[start:stop], self.deterministic)
@@ -422,7 +422,7 @@ def token_logprob_sum_op(
     live = (scored & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
     d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
-    weight, V, tiles = settled(weight), len(weight), config("token_logprob_kept")
+    weight, V, tiles = settled(weight), len(weight), config("token_logprob.kept")
     for some in live.split(KEPT_ROWS):
         x, y = settled(hidden[some]), targets[some]
         kept = x.new_empty(len(some), V)
@@ -466,7 +466,7 @@ def logits_logprob_op(logits: Tensor, targets: Tensor, temperature: float) -> Te
     if T:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         rest = *out, T, V, logits.stride(0), 1 / temperature
-        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob_fwd"))
+        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob.forward"))
     return out
 
 
@@ -484,7 +484,7 @@ def logits_logprob_backward_op(
     dz = logits.new_empty(T, V)
     if T:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        tiles, (g, h) = config("logits_logprob_bwd"), upstream[:2].float().contiguous()
+        tiles, (g, h) = config("logits_logprob.backward"), upstream[:2].float().contiguous()
         logits_logprob_bwd_kernel[T, triton.cdiv(V, tiles["BLOCK"])](
             logits, settled(targets), saved[2], saved[3], saved[1], g, h, dz, T, V, logits.stride(0), 1 / temperature,
             IGNORE=IGNORE, **tiles,
