@@ -23,9 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .matmul_triton import grouped, matmul_op, rows_of
+from .matmul_triton import described, grouped, load_tile, matmul_op, rows_of, settled
 from .targets import CONFIGS, config
 
 IGNORE = -100  # token_logprob.py's
@@ -45,22 +44,10 @@ def logits_tile(
 ):  # fmt: skip
     """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, else pointers."""
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if TMA:
-        for k in range(0, D, DEPTH):
-            tile = tl.dot(x.load([row, k]), w.load([column, k]).T, tile, input_precision="ieee")
-    else:  # past the end stand copies of the last row and column: no masks, which would cost registers
-        rows, columns = tl.minimum(tl.arange(0, ROWS), T - 1 - row), tl.minimum(tl.arange(0, COLUMNS), V - 1 - column)
-        depth = tl.arange(0, DEPTH)
-        x_offsets, w_offsets = rows[:, None] * D + depth[None, :], columns[None, :] * D + depth[:, None]
-        x += tl.cast(row, tl.int64) * D  # one 64-bit number, so that 32 bits do for each element
-        w += tl.cast(column, tl.int64) * D
-        for k in range(0, D, DEPTH):
-            if EVEN:
-                left, right = tl.load(x + k + x_offsets), tl.load(w + k + w_offsets)
-            else:
-                left = tl.load(x + k + x_offsets, mask=(k + depth < D)[None, :], other=0.0)
-                right = tl.load(w + k + w_offsets, mask=(k + depth < D)[:, None], other=0.0)
-            tile = tl.dot(left, right, tile, input_precision="ieee")
+    for k in range(0, D, DEPTH):
+        left = load_tile(x, row, k, T, D, D, ROWS, DEPTH, False, TMA, EVEN)
+        right = load_tile(w, column, k, V, D, D, COLUMNS, DEPTH, False, TMA, EVEN)
+        tile = tl.dot(left, right.T, tile, input_precision="ieee")
     return tile
 
 
@@ -85,7 +72,7 @@ def token_logprob_fwd_kernel(
         z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
         columns = first + tl.arange(0, COLUMNS)
         # The target's logit goes out at once, to where no other tile writes: nothing of it lives through the loop.
-        target = tl.load(targets + rows, mask=real, other=-1)
+        target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
         mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         tl.store(chosen + rows, mine, mask=(target >= first) & (target < first + COLUMNS))
         z = tl.where(columns[None, :] < V, z, LOWEST)
@@ -161,7 +148,7 @@ def token_logprob_bwd_kernel(
     rows, columns = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
     real = rows < T
-    target = tl.load(targets + rows, mask=real, other=-1)
+    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
     r = tl.load(reference + rows, mask=real, other=0.0)
     log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
     a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
@@ -259,17 +246,11 @@ def logits_logprob_bwd_kernel(
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def settled(x: Tensor) -> Tensor:
-    """x, or a copy, as every launch takes it: rows without gaps, on an address that whole vectors can be read from.
-
-    Triton makes another binary of a kernel for each kind of stride and alignment: here all calls share one.
-    """
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
-
-def forward_row(D: int, dtype: torch.dtype) -> str:
-    """The row of CONFIGS for a hidden size. Where a tile takes little time, two programs on a processor hide its end."""
-    return f"token_logprob_fwd{'/narrow' if D <= 512 and dtype != torch.float32 else ''}{rows_of(dtype)}"
+def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
+    """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
+    for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
+    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 512)
+    return f"token_logprob.forward{'/narrow' if narrow else rows_of(hidden.dtype)}"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> dict:
@@ -279,8 +260,7 @@ def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int,
     constants = tiles | constants | {"TMA": tma, "EVEN": D % tiles["DEPTH"] == 0}
     x, w = hidden, weight
     if tma:
-        x = TensorDescriptor(x, x.shape, [D, 1], [tiles["ROWS"], tiles["DEPTH"]])
-        w = TensorDescriptor(w, w.shape, [D, 1], [tiles["COLUMNS"], tiles["DEPTH"]])
+        x, w = (described(m, (tiles[name], tiles["DEPTH"])) for m, name in ((x, "ROWS"), (w, "COLUMNS")))
     programs = triton.cdiv(len(hidden), tiles["ROWS"]) * triton.cdiv(columns, constants.get("SPLIT", tiles["COLUMNS"]))
     kernel[(programs,)](x, w, *args, **constants)
     return tiles
@@ -288,7 +268,7 @@ def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int,
 
 def launch_forward(hidden, weight, targets, temperature, kept=None):
     """-> chosen (T,), NaN where this weight does not have the target; partials (V / SPLIT, 3, T); peaks if kept."""
-    (T, D), V, row = hidden.shape, len(weight), forward_row(hidden.shape[1], hidden.dtype)
+    (T, D), V, row = hidden.shape, len(weight), forward_row(hidden, kept)
     chosen = torch.full((T,), torch.nan, dtype=torch.float32, device=hidden.device)
     partials = chosen.new_empty(triton.cdiv(V, SPLIT), 3, T)
     peaks = None if kept is None else chosen.new_empty(T, triton.cdiv(V, config(row)["COLUMNS"]))
@@ -300,7 +280,7 @@ def launch_forward(hidden, weight, targets, temperature, kept=None):
 def launch_fold(chosen, partials, temperature) -> Tensor:
     """-> (4, T): log-probs, entropy, reference, log2_total."""
     out = chosen.new_empty(4, len(chosen))
-    tiles = config("token_logprob_fold")
+    tiles = config("token_logprob.fold")
     grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
     token_logprob_fold_kernel[grid](
         partials, chosen, *out, len(chosen), len(partials), 1 / temperature, **tiles
@@ -365,7 +345,7 @@ class Gradients:
             stop = min(start + CHUNK, self.bounds[i + 1])
             dz = self.buffer[: T * (stop - start)].view(T, stop - start)
             rest = *self.vectors, dz, T, V, D, start, stop, 1 / self.temperature
-            row = f"token_logprob_bwd{rows_of(dz.dtype)}"
+            row = f"token_logprob.backward{rows_of(dz.dtype)}"
             launch_tiles(token_logprob_bwd_kernel, row, self.hidden, self.weight, stop - start, *rest)
             if self.needs_hidden:
                 add_product(part, dz, self.weight[start:stop], self.deterministic)
@@ -442,8 +422,7 @@ def token_logprob_sum_op(
     live = (scored & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
     d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
-    weight, row = settled(weight), forward_row(hidden.shape[1], hidden.dtype)
-    tiles, V = config("token_logprob_kept"), len(weight)
+    weight, V, tiles = settled(weight), len(weight), config("token_logprob.kept")
     for some in live.split(KEPT_ROWS):
         x, y = settled(hidden[some]), targets[some]
         kept = x.new_empty(len(some), V)
@@ -451,7 +430,7 @@ def token_logprob_sum_op(
         out[:, some] = mine = launch_fold(chosen, partials, temperature)
         token_logprob_kept_kernel[len(some), triton.cdiv(V, tiles["BLOCK"])](
             kept, peaks, y, mine[2], mine[3], mine[1], g[some], h[some], len(some), V, 1 / temperature,
-            COLUMNS=config(row)["COLUMNS"], **tiles,
+            COLUMNS=config(forward_row(x, kept))["COLUMNS"], **tiles,
         )  # fmt: skip
         dx = d_weight.new_zeros(x.shape)
         add_product(dx, kept, weight, deterministic)
@@ -487,7 +466,7 @@ def logits_logprob_op(logits: Tensor, targets: Tensor, temperature: float) -> Te
     if T:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         rest = *out, T, V, logits.stride(0), 1 / temperature
-        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob_fwd"))
+        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob.forward"))
     return out
 
 
@@ -505,7 +484,7 @@ def logits_logprob_backward_op(
     dz = logits.new_empty(T, V)
     if T:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        tiles, (g, h) = config("logits_logprob_bwd"), upstream[:2].float().contiguous()
+        tiles, (g, h) = config("logits_logprob.backward"), upstream[:2].float().contiguous()
         logits_logprob_bwd_kernel[T, triton.cdiv(V, tiles["BLOCK"])](
             logits, settled(targets), saved[2], saved[3], saved[1], g, h, dz, T, V, logits.stride(0), 1 / temperature,
             IGNORE=IGNORE, **tiles,
