@@ -41,6 +41,18 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2),
         "gfx942": dict(QUERIES=32, KEYS=64, num_warps=4, num_stages=1),
     },
+    "decode.split/64": {
+        "sm_80": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2),
+        "sm_90": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=3),
+        "sm_100": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=3),
+        "gfx942": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=1),
+    },
+    "decode.fold": {
+        "sm_80": dict(PIECES=16, num_warps=1, num_stages=1),
+        "sm_90": dict(PIECES=16, num_warps=1, num_stages=1),
+        "sm_100": dict(PIECES=16, num_warps=1, num_stages=1),
+        "gfx942": dict(PIECES=16, num_warps=1, num_stages=1),
+    },
 }
 
 interpreted_as: str | None = None  # tests: the target that the CPU stands in for, while an interpreter runs the kernels
