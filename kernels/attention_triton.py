@@ -395,18 +395,3 @@ def attention(q, k, v, lengths: tuple, prefixes: tuple, *, scale: float, window:
     """See attention.py. Differentiable in q, k, v."""
     check(q, k, v, scale)
     return attention_forward(q, k, v, lengths, prefixes, scale, window)[0]
-
-
-def signatures(dtype: torch.dtype, size: int, H: int = 32, K: int = 8, window: bool = False):
-    """What to compile for a report: (kernel, its name in CONFIGS, {argument: type}, {constexpr: value}) for each."""
-    number = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    types = dict.fromkeys(["q", "k", "v", "out", "d_out", "dq", "dk", "dv"], number)
-    types |= {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32"}
-    types |= {"tokens": "i32", "scale": "fp32", "window": "i32"}
-    types |= dict.fromkeys(["q_stride", "k_stride", "v_stride", "d_stride"], "i32:16")
-    kernels = {"forward": attention_forward_kernel, "dq": attention_dq_kernel, "dkv": attention_dkv_kernel}
-    constants = {"H": H, "K": K, "E": size, "WINDOW": window}
-    return [
-        (kernel, tiling(name, dtype, size), {n: types[n] for n in kernel.arg_names if n in types}, constants)
-        for name, kernel in kernels.items()
-    ]

@@ -53,6 +53,52 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(PIECES=16, num_warps=1, num_stages=1),
         "gfx942": dict(PIECES=16, num_warps=1, num_stages=1),
     },
+    "matmul": {
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=4, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+    },
+    "matmul/float32": {
+        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fwd": {
+        "sm_80": dict(ROWS=256, COLUMNS=128, DEPTH=32, GROUP=16, TMA=False, num_warps=8, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fwd/narrow": {
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fwd/float32": {
+        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fold": dict.fromkeys(TARGETS, dict(ROWS=32, SPLITS=32, num_warps=4, num_stages=1)),
+    "token_logprob_bwd": {
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_bwd/float32": {
+        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_kept": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
+    "logits_logprob_fwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=2)),
+    "logits_logprob_bwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
 }
 
 interpreted_as: str | None = None  # tests: the target that the CPU stands in for, while an interpreter runs the kernels
