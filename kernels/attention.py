@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .targets import use_triton
+
 QUERIES = 128  # of a unit: the more, the more scores are computed only to be masked
 SCORES = 2**20  # of a tile, over all heads: what stays in cache
 
@@ -188,10 +190,14 @@ def attention(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengt
     lengths, prefixes: the host's copies of the two integer tensors, so that nothing waits for the device.
     Returns (T, H, E) in q's dtype.
     """
-    if q.device.type != "cpu":
-        options = {"scale": scale, "window": window, "lengths": lengths, "prefixes": prefixes}
-        return attention_reference(q, k, v, cu_seqlens, prefixes_B, **options)
     lengths = tuple(cu_seqlens.diff().tolist() if lengths is None else lengths)
     prefixes = tuple(prefixes_B.tolist() if prefixes is None else prefixes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if use_triton(q):
+        from . import attention_triton
+
+        return attention_triton.attention(q, k, v, lengths, prefixes, scale=scale, window=window)
+    if q.device.type != "cpu":
+        options = {"scale": scale, "window": window, "lengths": lengths, "prefixes": prefixes}
+        return attention_reference(q, k, v, cu_seqlens, prefixes_B, **options)
     return TiledAttention.apply(q, k, v, tiles(lengths, prefixes, window, q.shape[1], k.shape[1]), scale)

@@ -1,0 +1,530 @@
+"""The Triton kernels of token_logprob.py, whose docstring has the formulas.
+
+Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time, and
+leaves three numbers a token (its partials), in units of log 2:
+
+    reference r = max z        total s = sum 2^(z - r)        weighted u = sum 2^(z - r) (z - r)        z = x.w / (T ln 2)
+
+A second kernel folds them. Nothing is locked or added atomically, and SPLIT does not depend on how many tokens there
+are: a token's bits depend on its own hidden state alone. Nor do they depend on how the vocabulary is dealt out to
+several devices, if each has whole splits, the last one excepted: the partials are folded in the same order.
+
+    token_logprob_fwd     requests 2 T V D (1 / ROWS + 1 / COLUMNS) bytes of 16-bit X and W    2 T V D FLOPs
+                          touches X, W, targets, and 12 T V / SPLIT bytes of partials
+    token_logprob_fold    reads the partials, writes 16 T
+    token_logprob_bwd     the same tiles once more; writes dZ, CHUNK columns at a time         2 T V D FLOPs
+                          and two library products with dZ, accumulated in float32, follow     4 T V D FLOPs
+
+Where the loss is known to be sum_t (g_t log-prob_t + h_t entropy_t) before the forward pass, tiles are computed once:
+token_logprob_fwd keeps exp(z - r) of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .matmul_triton import grouped, matmul_op, rows_of
+from .targets import CONFIGS, config
+
+IGNORE = -100  # token_logprob.py's
+SPLIT = 1024  # columns of the vocabulary per program, and the unit in which it is dealt out to devices
+CHUNK = 8 * SPLIT  # columns of dZ that are held at a time
+KEPT_ROWS = 1024  # tokens whose whole rows are held at a time, where gradients are computed in the forward pass
+SLABS = 8  # up to so many devices may share the vocabulary with the same bits in dX, too
+LOWEST = tl.constexpr(-1e20)  # of a column past the end: far below any logit, and finite, so that 0 * it is 0
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def logits_tile(
+    x, w, row, column, T, V, D,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, else pointers."""
+    tile = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if TMA:
+        for k in range(0, D, DEPTH):
+            tile = tl.dot(x.load([row, k]), w.load([column, k]).T, tile, input_precision="ieee")
+    else:  # past the end stand copies of the last row and column: no masks, which would cost registers
+        rows, columns = tl.minimum(tl.arange(0, ROWS), T - 1 - row), tl.minimum(tl.arange(0, COLUMNS), V - 1 - column)
+        depth = tl.arange(0, DEPTH)
+        x_offsets, w_offsets = rows[:, None] * D + depth[None, :], columns[None, :] * D + depth[:, None]
+        x += tl.cast(row, tl.int64) * D  # one 64-bit number, so that 32 bits do for each element
+        w += tl.cast(column, tl.int64) * D
+        for k in range(0, D, DEPTH):
+            if EVEN:
+                left, right = tl.load(x + k + x_offsets), tl.load(w + k + w_offsets)
+            else:
+                left = tl.load(x + k + x_offsets, mask=(k + depth < D)[None, :], other=0.0)
+                right = tl.load(w + k + w_offsets, mask=(k + depth < D)[:, None], other=0.0)
+            tile = tl.dot(left, right, tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_logprob_fwd_kernel(
+    x, w, targets, chosen, partials, kept, peaks, T, V, D, inverse_temperature,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """x (T, D), w (V, D), targets (T,) -> chosen (T,) the targets' logits, and partials (V / SPLIT, 3, T).
+
+    Only if kept (T, V) is given: there 2^(z - peak), and in peaks (T, V / COLUMNS) the peak of each tile.
+    """
+    block, split = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(V, SPLIT), GROUP)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    real = rows < T
+    scale = inverse_temperature * LOG2_E
+    reference = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    for first in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, V), COLUMNS):
+        z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
+        columns = first + tl.arange(0, COLUMNS)
+        # The target's logit goes out at once, to where no other tile writes: nothing of it lives through the loop.
+        target = tl.load(targets + rows, mask=real, other=-1)
+        mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
+        tl.store(chosen + rows, mine, mask=(target >= first) & (target < first + COLUMNS))
+        z = tl.where(columns[None, :] < V, z, LOWEST)
+        peak = tl.maximum(reference, tl.max(z, 1) * scale)
+        z = tl.fma(z, scale, -peak[:, None])  # rounded once: exact where logits are large and close
+        p = tl.exp2(z)
+        drop = reference - peak
+        fade = tl.exp2(drop)
+        weighted = fade * (weighted + drop * total) + tl.sum(p * z, 1)
+        total = fade * total + tl.sum(p, 1)
+        reference = peak
+        if kept is not None:
+            inside = real[:, None] & (columns < V)[None, :]
+            tl.store(kept + rows.to(tl.int64)[:, None] * V + columns[None, :], p.to(kept.dtype.element_ty), mask=inside)
+            tl.store(peaks + rows.to(tl.int64) * tl.cdiv(V, COLUMNS) + first // COLUMNS, peak, mask=real)
+    partials += (3 * split).to(tl.int64) * T
+    tl.store(partials + rows, reference, mask=real)
+    tl.store(partials + T + rows, total, mask=real)
+    tl.store(partials + 2 * T.to(tl.int64) + rows, weighted, mask=real)
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_logprob_fold_kernel(
+    partials, chosen, logprobs, entropy, reference_out, log2_total_out, T, splits, inverse_temperature,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """partials (splits, 3, T), chosen (T,) -> log-probs, entropy, r and log2 s of the whole vocabulary, each (T,)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    reference = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & (rows < T)[None, :]
+        at = partials + (3 * split).to(tl.int64)[:, None] * T + rows[None, :]
+        r = tl.load(at, mask=inside, other=LOWEST)
+        s = tl.load(at + T, mask=inside, other=0.0)
+        u = tl.load(at + 2 * T.to(tl.int64), mask=inside, other=0.0)
+        peak = tl.maximum(reference, tl.max(r, 0))
+        r -= peak[None, :]
+        drop = reference - peak
+        fade = tl.exp2(drop)
+        weighted = fade * (weighted + drop * total) + tl.sum(tl.exp2(r) * (u + r * s), 0)
+        total = fade * total + tl.sum(tl.exp2(r) * s, 0)
+        reference = peak
+    log2_total = tl.log2(total)
+    z = tl.load(chosen + rows, mask=rows < T, other=0.0)
+    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -reference) - log2_total
+    tl.store(logprobs + rows, log2_p * LN2, mask=rows < T)
+    tl.store(entropy + rows, (log2_total - weighted / total) * LN2, mask=rows < T)  # a sum of numbers >= 0
+    tl.store(reference_out + rows, reference, mask=rows < T)
+    tl.store(log2_total_out + rows, log2_total, mask=rows < T)
+
+
+@triton.jit
+def upstream(rows, T, entropy, g, h, inverse_temperature):
+    """dz = p (a + b log2 p) + [chosen] c: the numbers a, b, c of each row."""
+    real = rows < T
+    c = tl.load(g + rows, mask=real, other=0.0) * inverse_temperature
+    of_entropy = tl.load(h + rows, mask=real, other=0.0) * inverse_temperature
+    return -c - of_entropy * tl.load(entropy + rows, mask=real, other=0.0), of_entropy * -LN2, c
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_logprob_bwd_kernel(
+    x, w, targets, reference, log2_total, entropy, g, h, dz, T, V, D, start, stop, inverse_temperature,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """dz (T, stop - start): the gradient of the logits of columns start to stop, before they are divided by anything."""
+    block, other = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(stop - start, COLUMNS), GROUP)
+    first = start + other * COLUMNS
+    rows, columns = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
+    z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
+    real = rows < T
+    target = tl.load(targets + rows, mask=real, other=-1)
+    r = tl.load(reference + rows, mask=real, other=0.0)
+    log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
+    a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
+    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -r[:, None]) - log2_s[:, None]
+    d = tl.exp2(log2_p) * (a[:, None] + b[:, None] * log2_p)
+    d += tl.where(columns[None, :] == target[:, None], c[:, None], 0.0)
+    dz += rows.to(tl.int64)[:, None] * (stop - start) + (columns - start)[None, :]
+    tl.store(dz, d.to(dz.dtype.element_ty), mask=real[:, None] & (columns < stop)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def token_logprob_kept_kernel(
+    kept, peaks, targets, reference, log2_total, entropy, g, h, T, V, inverse_temperature,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turns kept (T, V), what the forward kernel left of tiles of COLUMNS, into dZ in place: a row per program."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = kept + tl.cast(row, tl.int64) * V + columns
+    kept_p = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
+    tiles = tl.cdiv(V, COLUMNS)
+    peak = tl.load(peaks + tl.cast(row, tl.int64) * tiles + columns // COLUMNS, mask=columns < V, other=0.0)
+    shift = peak - tl.load(reference + row) - tl.load(log2_total + row)
+    a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
+    log2_p = tl.log2(tl.maximum(kept_p, 1e-38)) + shift  # where kept_p is 0, so is what this is multiplied by
+    d = kept_p * tl.exp2(shift) * (a + b * log2_p) + tl.where(columns == tl.load(targets + row), c, 0.0)
+    tl.store(at, d.to(kept.dtype.element_ty), mask=columns < V)
+
+
+@triton.jit(do_not_specialize=["T"])
+def logits_logprob_fwd_kernel(
+    logits, targets, logprobs, entropy, reference_out, log2_total_out, T, V, row_stride, inverse_temperature,
+    IGNORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logits (T, V), rows row_stride apart -> the same four numbers, a row per program. Each lane runs its own sums."""
+    row = tl.program_id(0)
+    target = tl.load(targets + row)
+    if target == IGNORE:
+        tl.store(logprobs + row, 0.0)
+        tl.store(entropy + row, 0.0)
+        tl.store(reference_out + row, 0.0)
+        tl.store(log2_total_out + row, 0.0)
+    else:
+        logits += tl.cast(row, tl.int64) * row_stride
+        scale = inverse_temperature * LOG2_E
+        r = tl.full((BLOCK,), LOWEST, tl.float32)
+        s = tl.zeros((BLOCK,), tl.float32)
+        u = tl.zeros((BLOCK,), tl.float32)
+        z_chosen = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, V, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            z = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+            z = tl.where(columns < V, z, LOWEST)
+            z_chosen += tl.where(columns == target, z, 0.0)
+            peak = tl.maximum(r, z * scale)
+            drop = r - peak
+            z = tl.fma(z, scale, -peak)
+            fade = tl.exp2(drop)
+            p = tl.where(columns < V, tl.exp2(z), 0.0)
+            u = fade * (u + drop * s) + p * z
+            s = fade * s + p
+            r = peak
+        reference = tl.max(r, 0)
+        r -= reference
+        total = tl.sum(tl.exp2(r) * s, 0)
+        weighted = tl.sum(tl.exp2(r) * (u + r * s), 0)
+        log2_total = tl.log2(total)
+        tl.store(logprobs + row, (tl.fma(tl.sum(z_chosen, 0), scale, -reference) - log2_total) * LN2)
+        tl.store(entropy + row, (log2_total - weighted / total) * LN2)
+        tl.store(reference_out + row, reference)
+        tl.store(log2_total_out + row, log2_total)
+
+
+@triton.jit(do_not_specialize=["T"])
+def logits_logprob_bwd_kernel(
+    logits, targets, reference, log2_total, entropy, g, h, dz, T, V, row_stride, inverse_temperature,
+    IGNORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dz (T, V). Of a row that is ignored, or whose upstream gradients are 0, nothing is read."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    dz += tl.cast(row, tl.int64) * V
+    d = tl.zeros((BLOCK,), tl.float32)
+    if target != IGNORE:
+        if (tl.load(g + row) != 0) | (tl.load(h + row) != 0):
+            at = logits + tl.cast(row, tl.int64) * row_stride + columns
+            z = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
+            a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
+            log2_p = tl.fma(z, inverse_temperature * LOG2_E, -tl.load(reference + row)) - tl.load(log2_total + row)
+            d = tl.exp2(log2_p) * (a + b * log2_p) + tl.where(columns == target, c, 0.0)
+    tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < V)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def settled(x: Tensor) -> Tensor:
+    """x, or a copy, as every launch takes it: rows without gaps, on an address that whole vectors can be read from.
+
+    Triton makes another binary of a kernel for each kind of stride and alignment: here all calls share one.
+    """
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def forward_row(D: int, dtype: torch.dtype) -> str:
+    """The row of CONFIGS for a hidden size. Where a tile takes little time, two programs on a processor hide its end."""
+    return f"token_logprob_fwd{'/narrow' if D <= 512 and dtype != torch.float32 else ''}{rows_of(dtype)}"
+
+
+def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> dict:
+    """Launch a kernel that computes tiles of the logits of so many columns, or splits. Returns its tiles."""
+    tiles, D = config(row), hidden.shape[1]
+    tma = tiles["TMA"] and D * hidden.element_size() % 16 == 0
+    constants = tiles | constants | {"TMA": tma, "EVEN": D % tiles["DEPTH"] == 0}
+    x, w = hidden, weight
+    if tma:
+        x = TensorDescriptor(x, x.shape, [D, 1], [tiles["ROWS"], tiles["DEPTH"]])
+        w = TensorDescriptor(w, w.shape, [D, 1], [tiles["COLUMNS"], tiles["DEPTH"]])
+    programs = triton.cdiv(len(hidden), tiles["ROWS"]) * triton.cdiv(columns, constants.get("SPLIT", tiles["COLUMNS"]))
+    kernel[(programs,)](x, w, *args, **constants)
+    return tiles
+
+
+def launch_forward(hidden, weight, targets, temperature, kept=None):
+    """-> chosen (T,), NaN where this weight does not have the target; partials (V / SPLIT, 3, T); peaks if kept."""
+    (T, D), V, row = hidden.shape, len(weight), forward_row(hidden.shape[1], hidden.dtype)
+    chosen = torch.full((T,), torch.nan, dtype=torch.float32, device=hidden.device)
+    partials = chosen.new_empty(triton.cdiv(V, SPLIT), 3, T)
+    peaks = None if kept is None else chosen.new_empty(T, triton.cdiv(V, config(row)["COLUMNS"]))
+    rest = targets, chosen, partials, kept, peaks, T, V, D, 1 / temperature
+    launch_tiles(token_logprob_fwd_kernel, row, settled(hidden), settled(weight), V, *rest, SPLIT=SPLIT)
+    return chosen, partials, peaks
+
+
+def launch_fold(chosen, partials, temperature) -> Tensor:
+    """-> (4, T): log-probs, entropy, reference, log2_total."""
+    out = chosen.new_empty(4, len(chosen))
+    tiles = config("token_logprob_fold")
+    grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
+    token_logprob_fold_kernel[grid](
+        partials, chosen, *out, len(chosen), len(partials), 1 / temperature, **tiles
+    )
+    return out
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, deterministic: bool) -> None:
+    """total += a @ b, in float32: a 16-bit product would round each chunk's part of dX."""
+    if deterministic:
+        total += matmul_op(a, b, True)
+    elif a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def select(rows: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors' rows of those numbers; themselves, where these are all."""
+    return [x if len(rows) == len(x) else x.index_select(0, rows) for x in tensors]
+
+
+def cuts(vocabulary: int, parts: int) -> list[int]:
+    """Where a vocabulary is cut into parts of whole splits, as even as they get: parts + 1 numbers.
+
+    Each part of 1, 2 or 4 is made of whole ones of the next finer cut.
+    """
+    splits = triton.cdiv(vocabulary, SPLIT)
+    return [min(SPLIT * (i * splits // parts), vocabulary) for i in range(parts + 1)]
+
+
+def pairwise_sum(part, first: int, stop: int) -> Tensor:
+    """part(first) + ... + part(stop - 1) as a binary tree, whose halves are the sums that fewer devices would have."""
+    if stop - first == 1:
+        return part(first)
+    middle = (first + stop) // 2
+    return pairwise_sum(part, first, middle) + pairwise_sum(part, middle, stop)
+
+
+class Gradients:
+    """dX and dW of the rows (tokens) given, whose targets are numbers of this weight's rows; float32 dX.
+
+    saved: reference, log2_total and entropy, those of the whole vocabulary.  bounds: of the slabs whose parts of dX are
+    summed as a tree.
+    """
+
+    def __init__(self, hidden, weight, targets, saved, g, h, temperature, deterministic, needs, bounds):
+        self.hidden, self.weight = settled(hidden), settled(weight)
+        self.vectors = [settled(x) for x in (targets, *saved, g.float(), h.float())]
+        self.temperature, self.deterministic = temperature, deterministic
+        self.d_weight = torch.zeros_like(self.weight) if needs[1] else None
+        self.buffer = hidden.new_empty(len(hidden) * min(CHUNK, len(weight)))
+        self.needs_hidden, self.bounds, self.d_hidden = needs[0], bounds, None
+        if len(hidden):
+            self.d_hidden = pairwise_sum(self.slab, 0, len(bounds) - 1)
+
+    def slab(self, i: int) -> Tensor:
+        """The part of dX of one slab's columns; their rows of dW are written."""
+        (T, D), V = self.hidden.shape, len(self.weight)
+        part = self.hidden.new_zeros((T, D), dtype=torch.float32)
+        for start in range(self.bounds[i], self.bounds[i + 1], CHUNK):
+            stop = min(start + CHUNK, self.bounds[i + 1])
+            dz = self.buffer[: T * (stop - start)].view(T, stop - start)
+            rest = *self.vectors, dz, T, V, D, start, stop, 1 / self.temperature
+            row = f"token_logprob_bwd{rows_of(dz.dtype)}"
+            launch_tiles(token_logprob_bwd_kernel, row, self.hidden, self.weight, stop - start, *rest)
+            if self.needs_hidden:
+                add_product(part, dz, self.weight[start:stop], self.deterministic)
+            if self.d_weight is not None:
+                rows = part.new_zeros(stop - start, D)
+                add_product(rows, dz.t(), self.hidden, self.deterministic)
+                self.d_weight[start:stop] = rows
+        return part
+
+
+@torch.library.custom_op("minitrl::token_logprob", mutates_args=())
+def token_logprob_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, deterministic: bool
+) -> Tensor:
+    """-> (4, T) float32: log-probs and entropy, 0 where ignored, and reference and log2_total for the backward pass."""
+    out = torch.zeros(4, len(targets), dtype=torch.float32, device=hidden.device)
+    scored = (targets != IGNORE).nonzero()[:, 0]
+    if len(scored):
+        some_hidden, some_targets = select(scored, hidden, targets)
+        chosen, partials, _ = launch_forward(some_hidden, weight, settled(some_targets), temperature)
+        out[:, scored] = launch_fold(chosen, partials, temperature)
+    return out
+
+
+@token_logprob_op.register_fake
+def _(hidden, weight, targets, temperature, deterministic):
+    return hidden.new_empty((4, len(targets)), dtype=torch.float32)
+
+
+@torch.library.custom_op("minitrl::token_logprob_backward", mutates_args=())
+def token_logprob_backward_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, saved: Tensor, upstream: Tensor,
+    temperature: float, deterministic: bool, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> dX and dW; empty if not needed. Rows that are ignored or whose upstream gradients are 0 are left out."""
+    g, h = upstream[:2]
+    live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
+    x, y, r, s, entropy, g, h = select(live, hidden, targets, saved[2], saved[3], saved[1], g, h)
+    bounds = cuts(len(weight), SLABS if deterministic else 1)
+    got = Gradients(x, weight, y, (r, s, entropy), g, h, temperature, deterministic, (needs_hidden, needs_weight), bounds)
+    d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    if needs_hidden and len(live):
+        d_hidden[live] = got.d_hidden.to(hidden.dtype)
+    return d_hidden, got.d_weight if needs_weight else weight.new_empty(0)
+
+
+@token_logprob_backward_op.register_fake
+def _(hidden, weight, targets, saved, upstream, temperature, deterministic, needs_hidden, needs_weight):
+    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    return d_hidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, targets, ctx.temperature, ctx.deterministic = inputs
+    ctx.save_for_backward(hidden, weight, targets, output)
+
+
+def _backward(ctx, upstream):
+    needs = ctx.needs_input_grad[:2]
+    options = ctx.temperature, ctx.deterministic, *needs
+    gradients = token_logprob_backward_op(*ctx.saved_tensors, upstream, *options)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None
+
+
+token_logprob_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("minitrl::token_logprob_sum", mutates_args=())
+def token_logprob_sum_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, g: Tensor, h: Tensor, temperature: float, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> sum(g log-probs + h entropy), the (4, T) of token_logprob, and the sum's gradients dX and dW."""
+    scored = targets != IGNORE
+    live = (scored & ((g != 0) | (h != 0))).nonzero()[:, 0]
+    out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
+    d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
+    weight, row = settled(weight), forward_row(hidden.shape[1], hidden.dtype)
+    tiles, V = config("token_logprob_kept"), len(weight)
+    for some in live.split(KEPT_ROWS):
+        x, y = settled(hidden[some]), targets[some]
+        kept = x.new_empty(len(some), V)
+        chosen, partials, peaks = launch_forward(x, weight, y, temperature, kept)
+        out[:, some] = mine = launch_fold(chosen, partials, temperature)
+        token_logprob_kept_kernel[len(some), triton.cdiv(V, tiles["BLOCK"])](
+            kept, peaks, y, mine[2], mine[3], mine[1], g[some], h[some], len(some), V, 1 / temperature,
+            COLUMNS=config(row)["COLUMNS"], **tiles,
+        )  # fmt: skip
+        dx = d_weight.new_zeros(x.shape)
+        add_product(dx, kept, weight, deterministic)
+        d_hidden[some] = dx.to(hidden.dtype)
+        add_product(d_weight, kept.t(), x, deterministic)
+    terms = g * out[0] + h * out[1]
+    return torch.where(scored, terms, 0).sum(), out, d_hidden, d_weight.to(weight.dtype)
+
+
+@token_logprob_sum_op.register_fake
+def _(hidden, weight, targets, g, h, temperature, deterministic):
+    out = hidden.new_empty((4, len(targets)), dtype=torch.float32)
+    return out.new_empty(()), out, torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _save_sum(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward_sum(ctx, upstream, *_):
+    d_hidden, d_weight = ctx.saved_tensors
+    return d_hidden * upstream, d_weight * upstream, None, None, None, None, None
+
+
+token_logprob_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
+
+
+@torch.library.custom_op("minitrl::logits_logprob", mutates_args=())
+def logits_logprob_op(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """-> (4, T), as token_logprob's."""
+    T, V = logits.shape
+    out = torch.empty(4, T, dtype=torch.float32, device=logits.device)
+    if T:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        rest = *out, T, V, logits.stride(0), 1 / temperature
+        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob_fwd"))
+    return out
+
+
+@logits_logprob_op.register_fake
+def _(logits, targets, temperature):
+    return logits.new_empty((4, len(targets)), dtype=torch.float32)
+
+
+@torch.library.custom_op("minitrl::logits_logprob_backward", mutates_args=())
+def logits_logprob_backward_op(
+    logits: Tensor, targets: Tensor, saved: Tensor, upstream: Tensor, temperature: float
+) -> Tensor:
+    """-> the gradient of the logits, in their dtype."""
+    T, V = logits.shape
+    dz = logits.new_empty(T, V)
+    if T:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        tiles, (g, h) = config("logits_logprob_bwd"), upstream[:2].float().contiguous()
+        logits_logprob_bwd_kernel[T, triton.cdiv(V, tiles["BLOCK"])](
+            logits, settled(targets), saved[2], saved[3], saved[1], g, h, dz, T, V, logits.stride(0), 1 / temperature,
+            IGNORE=IGNORE, **tiles,
+        )  # fmt: skip
+    return dz
+
+
+@logits_logprob_backward_op.register_fake
+def _(logits, targets, saved, upstream, temperature):
+    return logits.new_empty(logits.shape)
+
+
+def _save_logits(ctx, inputs, output):
+    logits, targets, ctx.temperature = inputs
+    ctx.save_for_backward(logits, targets, output)
+
+
+def _backward_logits(ctx, upstream):
+    return logits_logprob_backward_op(*ctx.saved_tensors, upstream, ctx.temperature), None, None
+
+
+logits_logprob_op.register_autograd(_backward_logits, setup_context=_save_logits)
