@@ -185,6 +185,7 @@ def compiled(unit: tuple[str, str, str]) -> list[dict]:
         facts = {id(binary): read(target, binary) for binary in {id(b): b for some in alike for b in some}.values()}
         worst = {fact: WORST[fact](one[fact] for one in facts.values()) for fact in WORST}
         worst["binaries"] = max(len({facts[id(binary)]["hash"] for binary in some}) for some in alike)
+        worst["hashes"] = sorted({one["hash"] for one in facts.values()})
         report.append({"kernel": kernel, "case": name, "dtype": dtype, "target": target} | worst)
     return report
 

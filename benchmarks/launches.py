@@ -55,14 +55,44 @@ def matmul(dtype, rows):
     out.backward(torch.ones_like(out))
 
 
+def decode(size: int, deterministic: bool = False) -> Callable:
+    from minitrl.kernels.decode import decode as op
+
+    def run(dtype, rows):
+        q = torch.randn(rows, 8, size, dtype=dtype)
+        k_pages, v_pages = torch.randn(2, 40, 2, 16, size, dtype=dtype)  # 40 pages of 16 tokens
+        table, lengths = torch.arange(40, dtype=torch.int32).expand(rows, -1), torch.full((rows,), 600)
+        op(q, k_pages, v_pages, table, lengths, deterministic=deterministic)
+
+    return run
+
+
+def grpo_loss(**options) -> Callable:
+    from minitrl.kernels.grpo_loss import grpo_loss as op
+
+    def run(dtype, rows):
+        logprobs, entropy = (torch.randn(rows, requires_grad=True) for _ in range(2))
+        old, reference, advantages = torch.randn(3, rows).unbind()
+        mask, segments = torch.ones(rows, dtype=torch.bool), torch.arange(rows) // 20
+        given = {"ref_logprobs_T": reference, "entropy_T": entropy, "segments_T": segments}
+        op(logprobs, old, advantages, mask, **given, **options)[0].backward()
+
+    return run
+
+
 def cases() -> dict[str, Callable[[torch.dtype, int], None]]:
     """What is called by its name: a function of a dtype and the number of tokens (for decoding: of sequences)."""
+    by_sequence = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
     return {
         **{f"attention {size}": attention(size) for size in (64, 128, 256)},
         "attention 64 window": attention(64, 20),
+        **{f"decode {size}": decode(size) for size in (64, 128, 256)},
+        "decode 64 as attention": decode(64, deterministic=True),
         "token_logprob": token_logprob(1024),
         "token_logprob narrow": token_logprob(256),
         "token_logprob known": token_logprob(1024, known=True),
         "logits_logprob": logits_logprob,
         "matmul": matmul,
+        "grpo_loss": grpo_loss(),
+        "grpo_loss all": grpo_loss(**by_sequence, beta=0.1, entropy_coef=0.1, entropy_threshold=0.5),
     }
