@@ -41,6 +41,18 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2),
         "gfx942": dict(QUERIES=32, KEYS=64, num_warps=4, num_stages=1),
     },
+    "decode.split/64": {
+        "sm_80": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=2),
+        "sm_90": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=3),
+        "sm_100": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=3),
+        "gfx942": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=1),
+    },
+    "decode.fold": {
+        "sm_80": dict(PIECES=16, num_warps=1, num_stages=1),
+        "sm_90": dict(PIECES=16, num_warps=1, num_stages=1),
+        "sm_100": dict(PIECES=16, num_warps=1, num_stages=1),
+        "gfx942": dict(PIECES=16, num_warps=1, num_stages=1),
+    },
     # Sums in float32 without rounding to TF32 use no tensor cores: small tiles, and pointers, which take fewer registers.
     "matmul": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
