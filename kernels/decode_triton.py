@@ -117,7 +117,7 @@ def split_size(page_size: int) -> int:
 
 def tiling(size: int, dtype: torch.dtype) -> str:
     """The name in CONFIGS of the split kernel's tiles."""
-    return f"decode.split/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
+    return f"decode_split/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
 
 
 def sharing(page_table: Tensor, lengths: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -143,6 +143,7 @@ def decode_pieces(
 ) -> Tensor:  # fmt: skip
     """decode by pieces and fold; order and rank from `sharing`."""
     (B, H, E), (K, page_size) = q.shape, k_pages.shape[1:3]
+    assert k_pages[0].is_contiguous() and k_pages.stride() == v_pages.stride(), (k_pages.stride(), v_pages.stride())
     q, page_table, out = attention_triton.rows_of(q), page_table.contiguous(), q.new_empty(B, H, E)
     best, total = (q.new_empty(len(order), B, H, dtype=torch.float32) for _ in range(2))
     parts = q.new_empty(len(order), B, H, E, dtype=torch.float32)
@@ -153,7 +154,7 @@ def decode_pieces(
             page_table.stride(0), k_pages.stride(0), scale, window or 0,
             K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
         )  # fmt: skip
-        decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode.fold"))
+        decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
     return out
 
 
@@ -171,7 +172,7 @@ def decode_as_attention(
         rows = torch.arange(len(q[some]), device=q.device)
         columns = rows, torch.ones_like(rows), lengths[some] - 1, torch.zeros_like(rows), rows * slots
         tiles = torch.stack([*columns, torch.zeros_like(rows)], 1).int()  # as of query_tiles
-        tiled = config(attention_triton.tiling("forward", q.dtype, E))
+        tiled = config(attention_triton.tiling("fwd", q.dtype, E))
         queries = attention_triton.rows_of(q[some])
         out[some], _ = attention_triton.launch_forward(queries, k, v, tiles, scale, window, tiled)
     return out
@@ -188,5 +189,9 @@ def decode(q, k_pages, v_pages, page_table, lengths, *, scale: float, window, sh
     attention_triton.check(q, k_pages, v_pages, scale)
     if deterministic:
         return decode_as_attention(q, k_pages, v_pages, page_table, lengths, scale, window)
+    group, most = q.shape[1] // k_pages.shape[1], config(tiling(q.shape[2], q.dtype))["QUERIES"]
+    if group > most:
+        raise ValueError(f"decode: a tile has no room for the {group} query heads of a key head, only for {most}; "
+                         "set MINITRL_KERNELS=reference")  # fmt: skip
     order, rank = sharing(page_table, lengths, k_pages.shape[2]) if shared is None else shared
     return decode_pieces(q, k_pages, v_pages, page_table, lengths, order, rank, scale, window)
