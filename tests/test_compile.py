@@ -68,7 +68,7 @@ def test_one_binary_for_any_number_of_rows(rows):
 
 def test_deterministic_decoding_is_the_attention_kernel(rows):
     """Its bits are those of training because it is the same binary."""
-    kernels = [row for row in rows if row["kernel"] == "attention_forward_kernel"]
+    kernels = [row for row in rows if row["kernel"] == "attention_fwd_kernel"]
     for target in NVIDIA:
         decoding, training = (
             [row["hashes"] for row in kernels if (row["case"], row["target"]) == (case, target)]
