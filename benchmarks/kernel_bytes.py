@@ -9,6 +9,7 @@ requested   what the programs ask the L2 cache for, summed over all lanes that a
 touched     distinct bytes of each argument among these: what crosses DRAM if nothing is fetched twice
 least       what any kernel must move for the same result: its inputs in, its outputs out, once, by formula
 workspace   touched bytes that are neither input nor output of the op: partial sums, lists of tiles
+kv          touched bytes of keys and values, in the JSON
 FLOPs       of tl.dot, those of masked lanes included
 
 Touched is compared with least without the workspace. Peers are measured if they are installed: pip install
@@ -48,7 +49,8 @@ def measure(shape: str, run: Callable, least: dict, workspace: dict, target: str
         extra = sum(launch.arguments[name].touched for name in workspace.get(kernel, ()))
         row = {"whose": whose, "kernel": kernel, "shape": shape, "requested": launch.requested}
         row |= {"touched": launch.touched - extra, "least": least[kernel], "workspace": extra}
-        rows.append(row | {"flops": launch.flops, "programs": launch.programs})
+        kv = sum(count.touched for name, count in launch.arguments.items() if name in ("k", "v"))
+        rows.append(row | {"kv": kv, "flops": launch.flops, "programs": launch.programs})
     return rows
 
 
@@ -56,28 +58,31 @@ def measure(shape: str, run: Callable, least: dict, workspace: dict, target: str
 
 
 def token_logprob(target: str, T=512, V=4096, D=512) -> list[dict]:
-    """Forward and backward. The two products that the backward pass leaves to a library are counted in matmul's form."""
+    """Forward and backward. The two products of the backward pass are a library's: matmul.py stands in for it."""
+    from minitrl.kernels.matmul import matmul
     from minitrl.kernels.token_logprob import token_logprob as op
 
     torch.manual_seed(0)
     hidden, weight = torch.randn(T, D).to(BF16).requires_grad_(), torch.randn(V, D).to(BF16).requires_grad_()
     y, ones, both = torch.randint(0, V, (T,)), torch.ones(T), 2 * (T + V) * D
-    shape = f"T {T}, V {V}, D {D}, bfloat16"
-
-    def run():
-        torch.autograd.backward(op(hidden, weight, y, deterministic=True), [ones, ones])
-
+    dz, shape = torch.randn(T, V).to(BF16), f"T {T}, V {V}, D {D}, bfloat16"
     least = {
         "token_logprob_fwd_kernel": both + 8 * T,
         "token_logprob_fold_kernel": 16 * T,
-        "token_logprob_bwd_kernel": both + 8 * T + 20 * T + 2 * T * V,  # dZ is its output
-        "matmul_kernel": 2 * (T * V + both // 2) + 4 * T * D + 2 * (T * V + T * D) + 4 * V * D,
+        "token_logprob_bwd_kernel": both + 8 * T + 20 * T,
     }
     workspace = {
         "token_logprob_fwd_kernel": ["partials", "chosen"],
         "token_logprob_fold_kernel": ["partials", "chosen"],
+        "token_logprob_bwd_kernel": ["dz"],
     }
+    run = lambda: torch.autograd.backward(op(hidden, weight, y), [ones, ones])
     rows = measure(shape, run, least, workspace, target)
+    with torch.no_grad():
+        products = {"dX": (dz, weight), "dW": (dz.t(), hidden)}
+        for name, (a, b) in products.items():
+            moved = {"matmul_kernel": a.nbytes + b.nbytes + 2 * a.shape[0] * b.shape[1]}
+            rows += measure(f"{name}, {shape}", lambda a=a, b=b: matmul(a, b), moved, {}, target)
     if find_spec("cut_cross_entropy"):
         rows += cut_cross_entropy(hidden, weight, y, shape, target)
     return rows
@@ -209,8 +214,11 @@ def decode(target: str, prompt=1024, answer=256, group=8, H=9, K=3, E=64, page=1
         "decode_split_kernel": 2 * 2 * len(k_pages) * page * K * E + q.nbytes + table.nbytes + lengths.nbytes,
         "decode_fold_kernel": q.nbytes + lengths.nbytes,
     }
-    parts = ["best", "total", "parts"]
-    workspace = {"decode_split_kernel": [*parts, "order", "rank"], "decode_fold_kernel": parts}
+    parts = ["best", "total"]
+    workspace = {
+        "decode_split_kernel": [*parts, "out", "order", "rank"],
+        "decode_fold_kernel": [*parts, "parts"],
+    }
     shape = f"{group} rows of {prompt} shared and {answer} own, heads {H}/{K} x {E}, pages of {page}, bfloat16"
     return measure(shape, lambda: op(q, k_pages, v_pages, table, lengths), least, workspace, target)
 
@@ -237,7 +245,7 @@ def grpo_loss(target: str, T=8192) -> list[dict]:
         given = {"ref_logprobs_T": reference, "entropy_T": entropy, "segments_T": segments}
         least = {"tiles_kernel": bytes_each * T, "sums_kernel": 28}
         workspace = {"tiles_kernel": ["sums"], "sums_kernel": ["sums"]}
-        run = lambda: op(logprobs, old, advantages, mask, **given, **options)[0].backward()  # noqa: B023, E731
+        run = lambda: op(logprobs, old, advantages, mask, **given, **options)[0].backward()
         rows += measure(f"T {T}, {name}", run, least, workspace, target)
     return rows
 
