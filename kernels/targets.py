@@ -103,52 +103,53 @@ CONFIGS: dict[str, dict[str, dict]] = {
     "decode_split/128/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/256/float32": dict.fromkeys(TARGETS, dict(QUERIES=16, KEYS=16, num_warps=8, num_stages=2)),
     "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=1, num_stages=1)),
+    # Sums in float32 without rounding to TF32 use no tensor cores: small tiles, and pointers, which take fewer registers.
     "matmul": {
-        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=4, num_stages=4),
-        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),
-        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
     "matmul/float32": {
-        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=3),
-        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, num_warps=8, num_stages=2),
+        "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_fwd": {
+    "token_logprob.forward": {
         "sm_80": dict(ROWS=256, COLUMNS=128, DEPTH=32, GROUP=16, TMA=False, num_warps=8, num_stages=4),
         "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_fwd/narrow": {
+    "token_logprob.forward/narrow": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_fwd/float32": {
+    "token_logprob.forward/float32": {
         "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
-        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=True, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_fold": dict.fromkeys(TARGETS, dict(ROWS=32, SPLITS=32, num_warps=4, num_stages=1)),
-    "token_logprob_bwd": {
+    "token_logprob.fold": dict.fromkeys(TARGETS, dict(ROWS=32, SPLITS=32, num_warps=4, num_stages=1)),
+    "token_logprob.backward": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_bwd/float32": {
+    "token_logprob.backward/float32": {
         "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
-        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
-        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=True, num_warps=8, num_stages=3),
+        "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob_kept": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
-    "logits_logprob_fwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=2)),
-    "logits_logprob_bwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
+    "token_logprob.kept": dict.fromkeys(TARGETS, dict(BLOCK=2048, num_warps=8, num_stages=1)),
+    "logits_logprob.forward": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=2)),
+    "logits_logprob.backward": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
 }
 
 interpreted_as: str | None = None  # tests: the target that the CPU stands in for, while an interpreter runs the kernels
