@@ -71,12 +71,7 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=2),
         "gfx942": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=1),
     },
-    "attention_dkv/256": {
-        "sm_80": dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=1),
-        "sm_90": dict(QUERIES=32, KEYS=64, num_warps=8, num_stages=1),
-        "sm_100": dict(QUERIES=32, KEYS=64, num_warps=8, num_stages=1),
-        "gfx942": dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=1),
-    },
+    "attention_dkv/256": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=1)),
     "attention_fwd/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=2)),
     "attention_dq/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "attention_dkv/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
