@@ -12,8 +12,8 @@ workspace   touched bytes that are neither input nor output of the op: partial s
 kv          touched bytes of keys and values, in the JSON
 FLOPs       of tl.dot, those of masked lanes included
 
-Touched is compared with least without the workspace. Peers are measured if they are installed: pip install
-liger-kernel==0.8.5 cut-cross-entropy==25.1.1 --no-deps.
+Touched is compared with least without the workspace. Peers are measured if they are installed: pip install -e
+'.[peers]'.
 """
 
 import argparse

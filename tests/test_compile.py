@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from benchmarks import launches  # noqa: E402
 from benchmarks.compile_report import LIMITS, compiled  # noqa: E402
 
+from minitrl.kernels.targets import CONFIGS  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 
@@ -46,6 +48,7 @@ def test_every_kernel_is_there(rows):
         name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text("utf-8"), re.MULTILINE)
     }
     assert defined and {row["kernel"] for row in rows} == defined
+    assert {f"{name.split('/')[0]}_kernel" for name in CONFIGS} == defined
     assert {row["target"] for row in rows} == set(NVIDIA)
 
 
