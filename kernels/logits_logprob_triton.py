@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .matmul_triton import settled
 from .targets import config
-from .token_logprob_triton import IGNORE, LN2, LOG2_E, LOWEST, aligned_rows, upstream
+from .token_logprob import IGNORE
+from .token_logprob_triton import LN2, LOG2_E, LOWEST, aligned_rows, upstream
 
 
 @triton.jit(do_not_specialize=["T"])
