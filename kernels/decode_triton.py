@@ -148,13 +148,12 @@ def decode_pieces(
     best, total = (q.new_empty(len(order), B, H, dtype=torch.float32) for _ in range(2))
     parts = q.new_empty(len(order), B, H, E, dtype=torch.float32)
     shape = dict(H=H, E=E, SPLIT=split_size(page_size), WINDOW=window is not None, enable_fp_fusion=False)
-    if B:
-        decode_split_kernel[len(order) * B * K,](
-            q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
-            page_table.stride(0), k_pages.stride(0), scale, window or 0,
-            K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
-        )  # fmt: skip
-        decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
+    decode_split_kernel[len(order) * B * K,](
+        q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
+        page_table.stride(0), k_pages.stride(0), scale, window or 0,
+        K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
+    )  # fmt: skip
+    decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
     return out
 
 
@@ -187,6 +186,8 @@ def _(q, *_):
 def decode(q, k_pages, v_pages, page_table, lengths, *, scale: float, window, shared, deterministic: bool) -> Tensor:
     """See decode.py."""
     attention_triton.check(q, k_pages, v_pages, scale)
+    if not len(q):
+        return torch.empty_like(q)
     if deterministic:
         return decode_as_attention(q, k_pages, v_pages, page_table, lengths, scale, window)
     group, most = q.shape[1] // k_pages.shape[1], config(tiling(q.shape[2], q.dtype))["QUERIES"]
