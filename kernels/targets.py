@@ -41,6 +41,8 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(QUERIES=64, KEYS=128, num_warps=8, num_stages=2),
         "gfx942": dict(QUERIES=32, KEYS=64, num_warps=4, num_stages=1),
     },
+    "grpo_loss_tiles": dict.fromkeys(TARGETS, dict(TOKENS=256, num_warps=8, num_stages=1, enable_fp_fusion=False)),
+    "grpo_loss_sums": dict.fromkeys(TARGETS, dict(TILES=1024, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "matmul": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, num_warps=4, num_stages=4),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, num_warps=8, num_stages=3),

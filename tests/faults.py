@@ -4,6 +4,9 @@ import linecache
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+import torch
 
 
 def mutant(module: ModuleType, right: str, wrong: str) -> ModuleType:
@@ -18,3 +21,13 @@ def mutant(module: ModuleType, right: str, wrong: str) -> ModuleType:
     linecache.cache[made.__name__] = len(faulty), None, faulty.splitlines(keepends=True), made.__name__
     exec(compile(faulty, made.__name__, "exec"), vars(made))
     return made
+
+
+def plant(monkeypatch, module: ModuleType, right: str, wrong: str) -> None:
+    """Put the fault into the module itself, until the test ends. Its operators stay as registered, but what they call
+    is faulty."""
+    with mock.patch.object(torch.library, "custom_op"):  # a second registration would replace the first for good
+        faulty = mutant(module, right, wrong)
+    for name, value in vars(faulty).items():
+        if getattr(value, "__module__", "") == faulty.__name__:
+            monkeypatch.setattr(module, name, value)
