@@ -6,7 +6,7 @@
 Nothing here says how a kernel is configured. Each op runs as in training (launches.py), and where it would launch a
 kernel, Triton compiles it for a device that is not there: same arguments, same specialisation, same options. A kernel
 is launched for 48, 49 and 1 rows of data; if Triton makes more than one binary of them, rows do not have the same bits
-in every batch, and the column "binaries" shows it.
+in every batch, and the column "binaries" shows it. Where a case launches a kernel in several ways, the worst is shown.
 
 registers   of a thread, of 255 (on gfx942: 512).  spills: instructions that move what did not fit to memory and back
 shared      bytes of shared memory of a block; the limit of the target is in LIMITS
@@ -117,27 +117,29 @@ def nvidia_facts(binary) -> dict:
         file.flush()
         usage, sass = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
     pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
-    names = [match.split(".")[0] for match in re.findall(pattern, sass, re.M)]
+    names = [match.split(".")[0] for match in re.findall(pattern, sass, re.MULTILINE)]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": names.count("LDL") + names.count("STL"),
         "mma": sum(bool(re.fullmatch(r"HMMA|DMMA|HGMMA|UTC\w*MMA", name)) for name in names),
         "tma": sum(bool(re.fullmatch(r"UTMA\w+|UBLKCP", name)) for name in names),
         "instructions": len(names),
-        "hash": hashlib.sha256("\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*", sass, re.M)).encode()).hexdigest(),
+        "hash": hashlib.sha256(
+            "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*", sass, re.MULTILINE)).encode()
+        ).hexdigest(),
     }
 
 
 def amd_facts(binary) -> dict:
     text = binary.asm["amdgcn"]
-    names = re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+|scratch_\w+)", text, re.M)
+    names = re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+|scratch_\w+)", text, re.MULTILINE)
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
         "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
         "mma": sum(name.startswith("v_mfma") for name in names),
         "tma": 0,
         "instructions": len(names),
-        "hash": hashlib.sha256("\n".join(re.findall(r"^\s+\w.*", text, re.M)).encode()).hexdigest(),
+        "hash": hashlib.sha256("\n".join(re.findall(r"^\s+\w.*", text, re.MULTILINE)).encode()).hexdigest(),
     }
 
 
@@ -157,7 +159,7 @@ def blocks(target: str, facts: dict, threads: int, tensor_columns: int) -> int:
 def read(target: str, binary) -> dict:
     facts = nvidia_facts(binary) if target.startswith("sm_") else amd_facts(binary)
     metadata = binary.metadata
-    facts["shared"] = metadata.shared
+    facts["shared"], facts["dots"] = metadata.shared, binary.asm["ttir"].count("tt.dot ")
     facts["warps"], facts["stages"] = metadata.num_warps, metadata.num_stages
     threads = metadata.num_warps * (64 if target == "gfx942" else 32)
     return facts | {"blocks": blocks(target, facts, threads, getattr(metadata, "tmem_size", 0) or 0)}
@@ -171,20 +173,26 @@ def compiled(unit: tuple[str, str, str]) -> list[dict]:
     name, target, dtype = unit
     torch.set_num_threads(1)
     case = launches.cases()[name]
-    binaries: dict[str, list] = {}
+    runs = []
     for rows in ROWS:
         with compiling(target) as found:
             case(launches.DTYPES[dtype], rows)
-        for kernel, binary in found:
-            known = binaries.setdefault(kernel, [])
-            if not any(binary is other for other in known):
-                known.append(binary)
+        runs.append(found)
     report = []
-    for kernel, versions in binaries.items():
-        facts = [read(target, binary) for binary in versions]
-        names = {"kernel": kernel, "case": name, "dtype": dtype, "target": target}
-        report.append(names | facts[0] | {"binaries": len({version["hash"] for version in facts})})
+    for kernel in dict.fromkeys(kernel for kernel, _ in runs[0]):
+        # The first launch of the kernel for each count of rows, the second for each, ...
+        alike = list(zip(*([binary for other, binary in found if other == kernel] for found in runs)))
+        facts = {id(binary): read(target, binary) for binary in {id(b): b for some in alike for b in some}.values()}
+        worst = {fact: WORST[fact](one[fact] for one in facts.values()) for fact in WORST}
+        worst["binaries"] = max(len({facts[id(binary)]["hash"] for binary in some}) for some in alike)
+        worst["hashes"] = sorted({one["hash"] for one in facts.values()})
+        report.append({"kernel": kernel, "case": name, "dtype": dtype, "target": target} | worst)
     return report
+
+
+# Of the binaries of a kernel that a case launches in several ways (x W^T, dY W, dY^T X), the report says the worst.
+WORST = dict.fromkeys(("warps", "stages", "registers", "spills", "shared", "dots", "instructions"), max)
+WORST |= dict.fromkeys(("blocks", "mma", "tma"), min)
 
 
 def collect(wanted, dtypes, cases, processes: int = 2) -> list[dict]:
@@ -210,6 +218,7 @@ def table(rows: list[dict], columns=(*COLUMNS, "tma", "instructions", "binaries"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=[""], help="only cases whose name begins with one of these")
+    parser.add_argument("--not", dest="without", help="no cases whose name contains this")
     parser.add_argument("--target", nargs="+", default=targets.TARGETS, choices=targets.TARGETS)
     parser.add_argument("--dtype", nargs="+", default=list(launches.DTYPES), choices=launches.DTYPES)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -219,6 +228,7 @@ def main() -> None:
 
     known = launches.cases()
     cases = [name for name in known if name.startswith(tuple(options.case))]
+    cases = [name for name in cases if not options.without or options.without not in name]
     rows = collect(options.target, options.dtype, cases, options.processes)
     print(f"Triton {triton.__version__}\n{table(rows)}\n\npeers, bfloat16, as they ship: registers / spills")
     for name, facts in PEERS:

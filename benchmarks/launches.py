@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VOCABULARY = 1040  # two splits, and 16 divides it as it divides most real ones
 
 
 def attention(size: int, window: int | None = None) -> Callable:
@@ -24,31 +25,77 @@ def attention(size: int, window: int | None = None) -> Callable:
     return run
 
 
-def grpo_loss(**options) -> Callable:
-    from minitrl.kernels.grpo_loss import grpo_loss as op
+def token_logprob(width: int, known: bool = False) -> Callable:
+    """known: the loss is, before the forward pass."""
+    from minitrl.kernels import token_logprob as ops
 
     def run(dtype, rows):
-        logprobs, entropy = (torch.rand(rows, dtype=dtype, requires_grad=True) for _ in range(2))
-        given = {"ref_logprobs_T": logprobs.detach(), "entropy_T": entropy, "segments_T": torch.arange(rows) // 20}
-        mask, counts = torch.ones(rows, dtype=torch.bool), {"tokens": rows, "sequences": 1}
-        loss, _ = op(logprobs, logprobs.detach(), torch.ones(rows), mask, **given, **counts, **options)
-        loss.backward()
+        hidden, weight = (torch.randn(n, width, dtype=dtype, requires_grad=True) for n in (rows, VOCABULARY))
+        targets, ones = torch.arange(rows), torch.ones(rows)
+        if known:
+            ops.token_logprob_sum(hidden, weight, targets, ones, entropy_weights_T=ones)[0].backward()
+        else:
+            torch.autograd.backward(ops.token_logprob(hidden, weight, targets), [ones, ones])
 
     return run
 
 
-GRPO_LOSSES = {  # from the leanest form to the fullest
-    "": {},
-    " everything": dict(beta=0.1, entropy_coef=0.1, entropy_threshold=0.5, delta=2.0),
-    " by length": dict(loss_type="grpo"),
-    " of sequences": dict(loss_type="grpo", importance_sampling_level="sequence", beta=0.1, entropy_coef=0.1),
-    " cispo": dict(loss_type="cispo", importance_sampling_level="sequence", beta=0.1, entropy_threshold=0.5),
-}
+def logits_logprob(dtype, rows):
+    from minitrl.kernels.token_logprob import logits_logprob as op
+
+    logits, ones = torch.randn(rows, VOCABULARY, dtype=dtype, requires_grad=True), torch.ones(rows)
+    torch.autograd.backward(op(logits, torch.arange(rows)), [ones, ones])
+
+
+def matmul(dtype, rows):
+    from minitrl.kernels.matmul import matmul as op
+
+    x, weight = (torch.randn(n, 256, dtype=dtype, requires_grad=True) for n in (rows, 512))
+    out = op(x, weight.t())
+    out.backward(torch.ones_like(out))
+
+
+def decode(size: int, deterministic: bool = False) -> Callable:
+    from minitrl.kernels.decode import decode as op
+
+    def run(dtype, rows):
+        q = torch.randn(rows, 8, size, dtype=dtype)
+        k_pages, v_pages = torch.randn(2, 40, 2, 16, size, dtype=dtype)  # 40 pages of 16 tokens
+        table, lengths = torch.arange(40, dtype=torch.int32).expand(rows, -1), torch.full((rows,), 600)
+        op(q, k_pages, v_pages, table, lengths, deterministic=deterministic)
+
+    return run
+
+
+def grpo_loss(**options) -> Callable:
+    from minitrl.kernels.grpo_loss import grpo_loss as op
+
+    def run(dtype, rows):
+        logprobs, entropy = (torch.randn(rows, requires_grad=True) for _ in range(2))
+        old, reference, advantages = torch.randn(3, rows).unbind()
+        mask, segments = torch.ones(rows, dtype=torch.bool), torch.arange(rows) // 20
+        given = {"ref_logprobs_T": reference, "entropy_T": entropy, "segments_T": segments}
+        op(logprobs, old, advantages, mask, **given, **options)[0].backward()
+
+    return run
 
 
 def cases() -> dict[str, Callable[[torch.dtype, int], None]]:
     """What is called by its name: a function of a dtype and the number of tokens (for decoding: of sequences)."""
-    return {f"attention {size}": attention(size) for size in (64, 128, 256)} | {
+    by_sequence = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    return {
+        **{f"attention {size}": attention(size) for size in (64, 128, 256)},
         "attention 64 window": attention(64, 20),
-        **{f"grpo_loss{name}": grpo_loss(**options) for name, options in GRPO_LOSSES.items()},
+        **{f"decode {size}": decode(size) for size in (64, 128, 256)},
+        "decode 64 as attention": decode(64, deterministic=True),
+        "token_logprob": token_logprob(1024),
+        "token_logprob narrow": token_logprob(256),
+        "token_logprob known": token_logprob(1024, known=True),
+        "logits_logprob": logits_logprob,
+        "matmul": matmul,
+        "grpo_loss": grpo_loss(),
+        "grpo_loss all": grpo_loss(beta=0.1, entropy_coef=0.1, entropy_threshold=0.5, delta=2.0),
+        "grpo_loss by length": grpo_loss(loss_type="grpo"),
+        "grpo_loss sequence ratios": grpo_loss(**by_sequence, beta=0.1, entropy_coef=0.1),
+        "grpo_loss cispo": grpo_loss(**by_sequence | {"loss_type": "cispo"}, beta=0.1, entropy_threshold=0.5),
     }

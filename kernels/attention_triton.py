@@ -37,8 +37,7 @@ LOWEST = tl.constexpr(-1e30)  # the maximum of nothing: finite, so that LOWEST -
 @triton.jit
 def _offsets(at, n, stride, prefix_at, own_at, behind):
     """Where the tokens at the places at + n of a sequence begin, their rows `stride` numbers apart: int64, n's shape."""
-    prefix, own = (prefix_at + at).to(tl.int64) * stride, (own_at + at).to(tl.int64) * stride
-    return tl.where(at + n < behind, prefix, own) + n * stride
+    return (tl.where(at + n < behind, prefix_at, own_at) + at + n).to(tl.int64) * stride
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def _forward_block(
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
-def attention_forward_kernel(
+def attention_fwd_kernel(
     q, k, v, out, lse, tiles, q_stride, k_stride, v_stride, tokens, scale, window,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -186,16 +185,16 @@ def _dkv_block(
     Queries beyond the last one are zeros, and so is their gradient: they add nothing.
     """
     m, e = tl.arange(0, QUERIES), tl.arange(0, E)[None, :]
-    first, valid = (query_at + at).to(tl.int64), at + m < count
-    q_block = tl.load(q + first * q_stride + (m[:, None] * q_stride + e), mask=valid[:, None], other=0.0)  # [QUERIES, E]
+    row, valid = (query_at + at + m).to(tl.int64), at + m < count
+    q_block = tl.load(q + row[:, None] * q_stride + e, mask=valid[:, None], other=0.0)  # [QUERIES, E]
     scores = tl.dot(k, tl.trans(q_block), input_precision="ieee")
     if MASKED:
         scores = _hide(scores, (position + at + m)[None, :], keys[:, None], window, WINDOW)
-    shares = tl.exp2(tl.fma(scores, scale, -tl.load(lse + first + m, mask=valid, other=0.0)[None, :]))
-    d_block = tl.load(d_out + first * d_stride + (m[:, None] * d_stride + e), mask=valid[:, None], other=0.0)  # [QUERIES, E]
+    shares = tl.exp2(tl.fma(scores, scale, -tl.load(lse + row, mask=valid, other=0.0)[None, :]))
+    d_block = tl.load(d_out + row[:, None] * d_stride + e, mask=valid[:, None], other=0.0)  # [QUERIES, E]
     dv = tl.dot(shares.to(d_block.dtype), d_block, dv, input_precision="ieee")
     d_shares = tl.dot(v, tl.trans(d_block), input_precision="ieee")
-    d_scores = shares * (d_shares - tl.load(delta + first + m, mask=valid, other=0.0)[None, :])
+    d_scores = shares * (d_shares - tl.load(delta + row, mask=valid, other=0.0)[None, :])
     return tl.dot(d_scores.to(q_block.dtype), q_block, dk, input_precision="ieee"), dv
 
 
@@ -296,8 +295,8 @@ def _table(rows: list[tuple], columns: int, device: torch.device) -> Tensor:
 
 
 def tiling(kernel: str, dtype: torch.dtype, size: int) -> str:
-    """The name in CONFIGS of the kernel's tiles ("forward", "dq", "dkv")."""
-    return f"attention.{kernel}/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
+    """The name in CONFIGS of the kernel's tiles ("fwd", "dq", "dkv")."""
+    return f"attention_{kernel}/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -311,7 +310,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float,
     (T, H, E), K = q.shape, k.shape[1]
     out, lse = q.new_empty(T, H, E), q.new_empty(H, T, dtype=torch.float32)
     if len(tiles):
-        attention_forward_kernel[len(tiles) * H,](
+        attention_fwd_kernel[len(tiles) * H,](
             q, k, v, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), T, scale, window or 0,
             H=H, K=K, E=E, WINDOW=window is not None, enable_fp_fusion=False, **tiled,
         )  # fmt: skip
@@ -324,7 +323,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, E) in q's dtype, and lse (H, T) in float32, of base 2."""
     q, k, v = map(rows_of, (q, k, v))
-    tiled = config(tiling("forward", q.dtype, q.shape[2]))
+    tiled = config(tiling("fwd", q.dtype, q.shape[2]))
     tiles = query_tiles(tuple(lengths), tuple(prefixes), window, tiled["QUERIES"], q.device)
     return launch_forward(q, k, v, tiles, scale, window, tiled)
 
@@ -389,25 +388,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
                          f"the same for all, has a Triton kernel; {remedy}")  # fmt: skip
     if scale <= 0:
         raise ValueError(f"attention: scale {scale} must be positive; {remedy}")
-    assert H % k.shape[1] == 0 and k.shape == v.shape and k.shape[2] == E, (q.shape, k.shape, v.shape)
+    assert H % k.shape[1] == 0 and k.shape == v.shape and k.shape[-1] == E, (q.shape, k.shape, v.shape)
 
 
 def attention(q, k, v, lengths: tuple, prefixes: tuple, *, scale: float, window: int | None) -> Tensor:
     """See attention.py. Differentiable in q, k, v."""
     check(q, k, v, scale)
     return attention_forward(q, k, v, lengths, prefixes, scale, window)[0]
-
-
-def signatures(dtype: torch.dtype, size: int, H: int = 32, K: int = 8, window: bool = False):
-    """What to compile for a report: (kernel, its name in CONFIGS, {argument: type}, {constexpr: value}) for each."""
-    number = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    types = dict.fromkeys(["q", "k", "v", "out", "d_out", "dq", "dk", "dv"], number)
-    types |= {"lse": "*fp32", "delta": "*fp32", "tiles": "*i32", "runs": "*i32"}
-    types |= {"tokens": "i32", "scale": "fp32", "window": "i32"}
-    types |= dict.fromkeys(["q_stride", "k_stride", "v_stride", "d_stride"], "i32:16")
-    kernels = {"forward": attention_forward_kernel, "dq": attention_dq_kernel, "dkv": attention_dkv_kernel}
-    constants = {"H": H, "K": K, "E": size, "WINDOW": window}
-    return [
-        (kernel, tiling(name, dtype, size), {n: types[n] for n in kernel.arg_names if n in types}, constants)
-        for name, kernel in kernels.items()
-    ]

@@ -12,6 +12,8 @@ token.
 import torch
 from torch import Tensor
 
+from .targets import use_triton
+
 
 def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None) -> Tensor:
     """Gather each row's pages side by side and attend under a length mask; see `decode` for the arguments.
@@ -33,12 +35,32 @@ def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, wi
     return torch.bmm(shares.view(rows * kv_heads, -1, shares.shape[-1]), values).view(rows, heads, size)
 
 
-def decode(q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None) -> Tensor:
+def sharing(page_table: Tensor, lengths: Tensor, page_size: int) -> tuple[Tensor, Tensor] | None:
+    """Which rows read the same pages: worked out once a step for all layers. None where plain PyTorch runs."""
+    if not use_triton(page_table):
+        return None
+    from . import decode_triton
+
+    return decode_triton.sharing(page_table, lengths, page_size)
+
+
+def decode(
+    q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None, shared=None, deterministic=False
+) -> Tensor:
     """One step of decoding attention.
 
     q: (B, H, E).  k_pages, v_pages: (pages, K, page_size, E); slots beyond a row's length may hold anything finite.
     page_table: (B, M) int32 or int64, row b's pages in order; entries beyond its length may be any valid page.
     lengths: (B,) tokens of each row, the one being decoded included (its key and value are in the cache already).
+    shared: what `sharing` returned for this table and these lengths; by default it is asked.
+    deterministic: each row has the bits that the attention kernel gives the same query in a pack; slower.
     Returns (B, H, E) in q's dtype.
     """
+    if use_triton(q):
+        from . import decode_triton
+
+        options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "shared": shared}
+        return decode_triton.decode(q, k_pages, v_pages, page_table, lengths, deterministic=deterministic, **options)
+    if deterministic:
+        raise ValueError("decode: only the Triton kernels give the bits of attention; on a CPU nothing does")
     return decode_reference(q, k_pages, v_pages, page_table, lengths, scale=scale, window=window)

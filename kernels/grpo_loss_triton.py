@@ -2,8 +2,8 @@
 
 The formulas stand in grpo_loss.py, and so does their text: `token_loss` and `token_slopes` are compiled from there.
 
-    grpo_loss_tiles   a program a tile of TOKENS tokens: the gradient of each token's l_t, and the tile's sums
-    grpo_loss_sums    one program: the tiles' sums, added up in their order and divided
+    grpo_loss_tiles_kernel    a program a tile of TOKENS tokens: the gradient of each token's l_t, and the tile's sums
+    grpo_loss_sums_kernel     one program: the tiles' sums, added up in their order and divided
 
 The gradient is that of the undivided sum. What it is divided by may be known only when all is counted, and the gradient
 from upstream only in the backward pass: there one product with a number applies both. So nothing is read twice and
@@ -58,7 +58,7 @@ def read(t, live, numbers):
 
 
 @triton.jit(do_not_specialize=["T"])
-def grpo_loss_tiles(
+def grpo_loss_tiles_kernel(
     logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept_out, sums,
     T, lower, upper, delta, beta, threshold,
     LOSS_TYPE: tl.constexpr, CORRECTED: tl.constexpr, THRESHOLD: tl.constexpr, SEQUENCE_RATIOS: tl.constexpr,
@@ -157,7 +157,7 @@ def added_up(row, tiles, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def grpo_loss_sums(
+def grpo_loss_sums_kernel(
     sums, loss, metrics, shares, tiles, tokens, sequences, factor, entropy_coef,
     LOSS_TYPE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -199,14 +199,15 @@ def grpo_loss_op(
     tiles = triton.cdiv(T, tile["TOKENS"])
     sums = logprobs.new_empty(7, tiles, dtype=torch.float32)
     if tiles:
-        grpo_loss_tiles[(tiles,)](
+        grpo_loss_tiles_kernel[(tiles,)](
             logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept if len(kept) else None, sums,
             T, lower, upper, delta, beta, threshold or 0.0,
             LOSS_TYPE=loss_type, CORRECTED=corrected, THRESHOLD=threshold is not None, SEQUENCE_RATIOS=sequence_ratios,
             BY_SEQUENCE=segments is not None, **tile,
         )  # fmt: skip
     numbers = (tokens, sequences, factor, entropy_coef)
-    grpo_loss_sums[(1,)](sums, loss, metrics, shares, tiles, *numbers, LOSS_TYPE=loss_type, **config("grpo_loss_sums"))
+    results = sums, loss, metrics, shares
+    grpo_loss_sums_kernel[(1,)](*results, tiles, *numbers, LOSS_TYPE=loss_type, **config("grpo_loss_sums"))
     return loss, metrics, gradient, kept, shares
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .targets import config
 
@@ -22,46 +23,69 @@ def grouped(program, blocks, others, GROUP: tl.constexpr):
     return group * GROUP + inside % size, inside // size
 
 
+@triton.jit
+def load_tile(
+    x, place, k, size, K, step, SIZE: tl.constexpr, DEPTH: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """(SIZE, DEPTH) numbers of a (size, K) matrix from (place, k) on; rows are `step` apart, or columns if ACROSS.
+
+    x: a tensor descriptor if TMA, else a pointer. Behind K stands 0; behind size whatever.
+    """
+    if TMA:
+        if ACROSS:
+            tile = x.load([k, place]).T
+        else:
+            tile = x.load([place, k])
+    else:
+        rows, depth = tl.minimum(tl.arange(0, SIZE), size - 1 - place), tl.arange(0, DEPTH)
+        # One 64-bit number for the corner, so that 32 bits do for each element.
+        if ACROSS:
+            at = x + tl.cast(k, tl.int64) * step + place + (depth[None, :] * step + rows[:, None])
+        else:
+            at = x + tl.cast(place, tl.int64) * step + k + (rows[:, None] * step + depth[None, :])
+        if EVEN:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(k + depth < K)[None, :], other=0.0)
+    return tile
+
+
 @triton.jit(do_not_specialize=["M", "N", "K"])
 def matmul_kernel(
-    a, b, c, M, N, K, a_row, a_column, b_row, b_column,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    a, b, c, M, N, K, a_step, b_step,
+    A_ACROSS: tl.constexpr, B_ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """a: (M, K), b: (K, N), with the strides a_row ... b_column, of which one each is 1; c: (M, N) contiguous."""
+    """a: (M, K), b: (N, K), c: (M, N) = a b^T. ACROSS: that matrix lies in memory as its transpose."""
     block, other = grouped(tl.program_id(0), tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), GROUP)
-    rows, columns = block * ROWS + tl.arange(0, ROWS), other * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    a += tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_row + depth.to(tl.int64)[None, :] * a_column
-    b += tl.minimum(columns, N - 1).to(tl.int64)[None, :] * b_column + depth.to(tl.int64)[:, None] * b_row
+    row, column = block * ROWS, other * COLUMNS
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, K, DEPTH):
-        inside = first + depth < K
-        left = tl.load(a, mask=inside[None, :], other=0.0)
-        right = tl.load(b, mask=inside[:, None], other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-        a += DEPTH * tl.cast(a_column, tl.int64)
-        b += DEPTH * tl.cast(b_row, tl.int64)
+    for k in range(0, K, DEPTH):
+        left = load_tile(a, row, k, M, K, a_step, ROWS, DEPTH, A_ACROSS, TMA, EVEN)
+        right = load_tile(b, column, k, N, K, b_step, COLUMNS, DEPTH, B_ACROSS, TMA, EVEN)
+        total = tl.dot(left, right.T, total, input_precision="ieee")
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     c += rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(c, total.to(c.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 def rows_of(dtype: torch.dtype) -> str:
-    """Rows of the table of tiles for float32 have a name of their own: it needs twice the shared memory."""
+    """Rows of the table of tiles for float32 have a name of their own: it takes more shared memory, and no tensor cores."""
     return "/float32" if dtype == torch.float32 else ""
 
 
-def signatures(dtype: torch.dtype, target: str) -> list[tuple]:
-    """What the compile report compiles: the product with a weight matrix (O, I), as x W^T."""
-    kind = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    types = dict.fromkeys("abc", kind) | dict.fromkeys("MNK", "i32") | {"a_row": "i32:16", "b_column": "i32:16"}
-    return [(matmul_kernel, f"matmul{rows_of(dtype)}", types, {"a_column": 1, "b_row": 1})]
+def settled(x: Tensor) -> Tensor:
+    """x, or a copy, as every launch takes it: rows without gaps, on an address that whole vectors can be read from.
+
+    Triton makes another binary of a kernel for each kind of stride and alignment: here all calls share one.
+    """
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def strided(x: Tensor) -> tuple[Tensor, int, int]:
-    """x, or a copy of it, with strides that do not depend on how many rows there are, and one of which is 1."""
-    if x.data_ptr() % 16 or not (x.is_contiguous() or x.t().is_contiguous()):
-        x = x.clone(memory_format=torch.contiguous_format)
-    return (x, x.shape[1], 1) if x.is_contiguous() else (x, 1, x.shape[0])
+def described(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """The descriptor by which a matrix without gaps is copied in blocks. A single row's own stride may be anything."""
+    return TensorDescriptor(x, x.shape, [x.shape[1], 1], list(block))
 
 
 @torch.library.custom_op("minitrl::matmul", mutates_args=())
@@ -69,12 +93,21 @@ def matmul_op(a: Tensor, b: Tensor, wide: bool) -> Tensor:
     """a @ b; in float32 if `wide`, whatever they are."""
     (M, K), N = a.shape, b.shape[1]
     c = a.new_empty((M, N), dtype=torch.float32 if wide else a.dtype)
-    if c.numel():
-        tiles = config(f"matmul{rows_of(a.dtype)}")
-        a, *a_strides = strided(a)
-        b, *b_strides = strided(b)
-        grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(N, tiles["COLUMNS"]),)
-        matmul_kernel[grid](a, b, c, M, N, K, *a_strides, *b_strides, **tiles)
+    if not c.numel() or not K:
+        return c.zero_()
+    tiles = config(f"matmul{rows_of(a.dtype)}")
+    sides, across, tma = [], [], tiles["TMA"]
+    for x in (a, b.t()):
+        across.append(not x.is_contiguous() and x.t().is_contiguous())
+        sides.append(settled(x.t() if across[-1] else x))
+        tma = tma and sides[-1].shape[1] * x.element_size() % 16 == 0  # else rows do not begin where vectors do
+    steps = [side.shape[1] for side in sides]
+    if tma:
+        shapes = [(tiles[name], tiles["DEPTH"]) for name in ("ROWS", "COLUMNS")]
+        sides = [described(x, shape[::-1] if t else shape) for x, t, shape in zip(sides, across, shapes)]
+    grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(N, tiles["COLUMNS"]),)
+    tiles = tiles | {"TMA": tma, "EVEN": K % tiles["DEPTH"] == 0}
+    matmul_kernel[grid](*sides, c, M, N, K, *steps, *across, **tiles)
     return c
 
 

@@ -122,26 +122,51 @@ class TiledTokenLogprob(torch.autograd.Function):
 
 
 def token_logprob(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0, deterministic: bool = False
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    deterministic: bool = False,
+    vocabulary: int | None = None,
+    group=None,
 ):
     """Log-prob of each target and entropy of its distribution under softmax(hidden weight^T / temperature).
 
     hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
     deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
+    group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD is then this rank's
+        `shard` of it, and all ranks pass the same hidden states and targets, and get the same results: to the bit those
+        of one device. (d_hidden to the bit if deterministic.) On a GPU only.
     Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
     if use_triton(hidden_TD):
         check(hidden_TD, weight_VD)
-        from .token_logprob_triton import token_logprob_op
+        from . import token_logprob_triton as kernels
 
-        return token_logprob_op(hidden_TD, weight_VD, targets_T, temperature, deterministic)[:2].unbind()
+        if group is None:
+            out = kernels.token_logprob_op(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+        else:
+            options = vocabulary, group, temperature, deterministic
+            out = kernels.ShardedTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options)
+        return out[0], out[1]
+    if group is not None:
+        raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
         return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
     logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
+
+
+def shard(vocabulary: int, rank: int, ranks: int) -> slice:
+    """The rows of the head that a rank holds where ranks share the vocabulary: see `token_logprob`."""
+    from .token_logprob_triton import cuts
+
+    bounds = cuts(vocabulary, ranks)
+    return slice(bounds[rank], bounds[rank + 1])
 
 
 def token_logprob_sum(
@@ -181,7 +206,7 @@ def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float =
     """token_logprob for those who hold the logits: (T, V), read once forward; read and their gradient written backward."""
     if use_triton(logits_TV):
         check(logits_TV)
-        from .token_logprob_triton import logits_logprob_op
+        from .logits_logprob_triton import logits_logprob_op
 
         return logits_logprob_op(logits_TV, targets_T, temperature)[:2].unbind()
     return logits_logprob_reference(logits_TV, targets_T, temperature=temperature)

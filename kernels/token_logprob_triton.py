@@ -19,14 +19,15 @@ Where the loss is known to be sum_t (g_t log-prob_t + h_t entropy_t) before the 
 token_logprob_fwd keeps exp(z - r) of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
 """
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .matmul_triton import grouped, matmul_op, rows_of
-from .targets import CONFIGS, config
+from .matmul_triton import described, grouped, load_tile, matmul_op, rows_of, settled
+from .targets import config
 
 IGNORE = -100  # token_logprob.py's
 SPLIT = 1024  # columns of the vocabulary per program, and the unit in which it is dealt out to devices
@@ -45,22 +46,10 @@ def logits_tile(
 ):  # fmt: skip
     """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, else pointers."""
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if TMA:
-        for k in range(0, D, DEPTH):
-            tile = tl.dot(x.load([row, k]), w.load([column, k]).T, tile, input_precision="ieee")
-    else:  # past the end stand copies of the last row and column: no masks, which would cost registers
-        rows, columns = tl.minimum(tl.arange(0, ROWS), T - 1 - row), tl.minimum(tl.arange(0, COLUMNS), V - 1 - column)
-        depth = tl.arange(0, DEPTH)
-        x_offsets, w_offsets = rows[:, None] * D + depth[None, :], columns[None, :] * D + depth[:, None]
-        x += tl.cast(row, tl.int64) * D  # one 64-bit number, so that 32 bits do for each element
-        w += tl.cast(column, tl.int64) * D
-        for k in range(0, D, DEPTH):
-            if EVEN:
-                left, right = tl.load(x + k + x_offsets), tl.load(w + k + w_offsets)
-            else:
-                left = tl.load(x + k + x_offsets, mask=(k + depth < D)[None, :], other=0.0)
-                right = tl.load(w + k + w_offsets, mask=(k + depth < D)[:, None], other=0.0)
-            tile = tl.dot(left, right, tile, input_precision="ieee")
+    for k in range(0, D, DEPTH):
+        left = load_tile(x, row, k, T, D, D, ROWS, DEPTH, False, TMA, EVEN)
+        right = load_tile(w, column, k, V, D, D, COLUMNS, DEPTH, False, TMA, EVEN)
+        tile = tl.dot(left, right.T, tile, input_precision="ieee")
     return tile
 
 
@@ -85,7 +74,7 @@ def token_logprob_fwd_kernel(
         z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
         columns = first + tl.arange(0, COLUMNS)
         # The target's logit goes out at once, to where no other tile writes: nothing of it lives through the loop.
-        target = tl.load(targets + rows, mask=real, other=-1)
+        target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
         mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         tl.store(chosen + rows, mine, mask=(target >= first) & (target < first + COLUMNS))
         z = tl.where(columns[None, :] < V, z, LOWEST)
@@ -161,7 +150,7 @@ def token_logprob_bwd_kernel(
     rows, columns = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
     real = rows < T
-    target = tl.load(targets + rows, mask=real, other=-1)
+    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
     r = tl.load(reference + rows, mask=real, other=0.0)
     log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
     a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
@@ -191,104 +180,31 @@ def token_logprob_kept_kernel(
     tl.store(at, d.to(kept.dtype.element_ty), mask=columns < V)
 
 
-@triton.jit(do_not_specialize=["T"])
-def logits_logprob_fwd_kernel(
-    logits, targets, logprobs, entropy, reference_out, log2_total_out, T, V, row_stride, inverse_temperature,
-    IGNORE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """logits (T, V), rows row_stride apart -> the same four numbers, a row per program. Each lane runs its own sums."""
-    row = tl.program_id(0)
-    target = tl.load(targets + row)
-    if target == IGNORE:
-        tl.store(logprobs + row, 0.0)
-        tl.store(entropy + row, 0.0)
-        tl.store(reference_out + row, 0.0)
-        tl.store(log2_total_out + row, 0.0)
-    else:
-        logits += tl.cast(row, tl.int64) * row_stride
-        scale = inverse_temperature * LOG2_E
-        r = tl.full((BLOCK,), LOWEST, tl.float32)
-        s = tl.zeros((BLOCK,), tl.float32)
-        u = tl.zeros((BLOCK,), tl.float32)
-        z_chosen = tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, V, BLOCK):
-            columns = first + tl.arange(0, BLOCK)
-            z = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
-            z = tl.where(columns < V, z, LOWEST)
-            z_chosen += tl.where(columns == target, z, 0.0)
-            peak = tl.maximum(r, z * scale)
-            drop = r - peak
-            z = tl.fma(z, scale, -peak)
-            fade = tl.exp2(drop)
-            p = tl.where(columns < V, tl.exp2(z), 0.0)
-            u = fade * (u + drop * s) + p * z
-            s = fade * s + p
-            r = peak
-        reference = tl.max(r, 0)
-        r -= reference
-        total = tl.sum(tl.exp2(r) * s, 0)
-        weighted = tl.sum(tl.exp2(r) * (u + r * s), 0)
-        log2_total = tl.log2(total)
-        tl.store(logprobs + row, (tl.fma(tl.sum(z_chosen, 0), scale, -reference) - log2_total) * LN2)
-        tl.store(entropy + row, (log2_total - weighted / total) * LN2)
-        tl.store(reference_out + row, reference)
-        tl.store(log2_total_out + row, log2_total)
-
-
-@triton.jit(do_not_specialize=["T"])
-def logits_logprob_bwd_kernel(
-    logits, targets, reference, log2_total, entropy, g, h, dz, T, V, row_stride, inverse_temperature,
-    IGNORE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dz (T, V). Of a row that is ignored, or whose upstream gradients are 0, nothing is read."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(targets + row)
-    dz += tl.cast(row, tl.int64) * V
-    d = tl.zeros((BLOCK,), tl.float32)
-    if target != IGNORE:
-        if (tl.load(g + row) != 0) | (tl.load(h + row) != 0):
-            at = logits + tl.cast(row, tl.int64) * row_stride + columns
-            z = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
-            a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
-            log2_p = tl.fma(z, inverse_temperature * LOG2_E, -tl.load(reference + row)) - tl.load(log2_total + row)
-            d = tl.exp2(log2_p) * (a + b * log2_p) + tl.where(columns == target, c, 0.0)
-    tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < V)
-
-
 # --- launching -------------------------------------------------------------------------------------------------------
 
 
-def settled(x: Tensor) -> Tensor:
-    """x, or a copy, as every launch takes it: rows without gaps, on an address that whole vectors can be read from.
-
-    Triton makes another binary of a kernel for each kind of stride and alignment: here all calls share one.
-    """
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
-
-def forward_row(D: int, dtype: torch.dtype) -> str:
-    """The row of CONFIGS for a hidden size. Where a tile takes little time, two programs on a processor hide its end."""
-    return f"token_logprob_fwd{'/narrow' if D <= 512 and dtype != torch.float32 else ''}{rows_of(dtype)}"
+def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
+    """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
+    for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
+    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 512)
+    return f"token_logprob.forward{'/narrow' if narrow else rows_of(hidden.dtype)}"
 
 
-def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> dict:
-    """Launch a kernel that computes tiles of the logits of so many columns, or splits. Returns its tiles."""
+def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> None:
+    """Launch a kernel that computes tiles of the logits of so many columns, or splits of them."""
     tiles, D = config(row), hidden.shape[1]
     tma = tiles["TMA"] and D * hidden.element_size() % 16 == 0
-    constants = tiles | constants | {"TMA": tma, "EVEN": D % tiles["DEPTH"] == 0}
+    constants = tiles | constants | {"TMA": tma, "EVEN": D % tiles["DEPTH"] == 0, "enable_fp_fusion": False}
     x, w = hidden, weight
     if tma:
-        x = TensorDescriptor(x, x.shape, [D, 1], [tiles["ROWS"], tiles["DEPTH"]])
-        w = TensorDescriptor(w, w.shape, [D, 1], [tiles["COLUMNS"], tiles["DEPTH"]])
+        x, w = (described(m, (tiles[name], tiles["DEPTH"])) for m, name in ((x, "ROWS"), (w, "COLUMNS")))
     programs = triton.cdiv(len(hidden), tiles["ROWS"]) * triton.cdiv(columns, constants.get("SPLIT", tiles["COLUMNS"]))
     kernel[(programs,)](x, w, *args, **constants)
-    return tiles
 
 
 def launch_forward(hidden, weight, targets, temperature, kept=None):
     """-> chosen (T,), NaN where this weight does not have the target; partials (V / SPLIT, 3, T); peaks if kept."""
-    (T, D), V, row = hidden.shape, len(weight), forward_row(hidden.shape[1], hidden.dtype)
+    (T, D), V, row = hidden.shape, len(weight), forward_row(hidden, kept)
     chosen = torch.full((T,), torch.nan, dtype=torch.float32, device=hidden.device)
     partials = chosen.new_empty(triton.cdiv(V, SPLIT), 3, T)
     peaks = None if kept is None else chosen.new_empty(T, triton.cdiv(V, config(row)["COLUMNS"]))
@@ -299,23 +215,27 @@ def launch_forward(hidden, weight, targets, temperature, kept=None):
 
 def launch_fold(chosen, partials, temperature) -> Tensor:
     """-> (4, T): log-probs, entropy, reference, log2_total."""
-    out = chosen.new_empty(4, len(chosen))
-    tiles = config("token_logprob_fold")
+    out, tiles = aligned_rows(len(chosen), chosen.device), config("token_logprob.fold")
+    rest = *out, len(chosen), len(partials), 1 / temperature
     grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
-    token_logprob_fold_kernel[grid](
-        partials, chosen, *out, len(chosen), len(partials), 1 / temperature, **tiles
-    )
+    token_logprob_fold_kernel[grid](partials, chosen, *rest, enable_fp_fusion=False, **tiles)
     return out
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, deterministic: bool) -> None:
-    """total += a @ b, in float32: a 16-bit product would round each chunk's part of dX."""
+def aligned_rows(T: int, device) -> Tensor:
+    """(4, T) float32, each row on an address that 16 divides, whatever T is: see `settled`."""
+    return torch.empty(4, triton.cdiv(T, 4) * 4, dtype=torch.float32, device=device)[:, :T]
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, deterministic: bool) -> Tensor:
+    """total + a @ b in float32, in place: a 16-bit product would round each chunk's part of dX."""
     if deterministic:
-        total += matmul_op(a, b, True)
-    elif a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+        product = matmul_op(a, b, True)
+        return product if total is None else total.add_(product)
+    if not a.is_cuda:
+        a, b = a.float(), b.float()
+    wide = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    return torch.mm(a, b, **wide) if total is None else torch.addmm(total, a, b, **wide, out=total)
 
 
 def select(rows: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -340,40 +260,38 @@ def pairwise_sum(part, first: int, stop: int) -> Tensor:
     return pairwise_sum(part, first, middle) + pairwise_sum(part, middle, stop)
 
 
-class Gradients:
-    """dX and dW of the rows (tokens) given, whose targets are numbers of this weight's rows; float32 dX.
+def gradients(hidden, weight, targets, out, upstream, temperature, deterministic, needs, bounds):
+    """dX (float32) and dW of a weight whose rows the targets count; what is not needed is anything.
 
-    saved: reference, log2_total and entropy, those of the whole vocabulary.  bounds: of the slabs whose parts of dX are
-    summed as a tree.
+    Rows that are ignored, or whose upstream gradients are 0, are left out. bounds: of the slabs of columns whose parts
+    of dX are summed as a tree.
     """
+    live = ((targets != IGNORE) & (upstream[:2] != 0).any(0)).nonzero()[:, 0]
+    columns = (targets, out[2], out[3], out[1], upstream[0], upstream[1])
+    x, *vectors = select(live, settled(hidden), *columns)
+    weight, vectors, (T, D), V = settled(weight), [settled(v) for v in vectors], x.shape, len(weight)
+    d_weight = (torch.empty_like if T else torch.zeros_like)(weight) if needs[1] else None
+    buffer = x.new_empty(T * min(CHUNK, V))
+    row = f"token_logprob.backward{rows_of(x.dtype)}"
 
-    def __init__(self, hidden, weight, targets, saved, g, h, temperature, deterministic, needs, bounds):
-        self.hidden, self.weight = settled(hidden), settled(weight)
-        self.vectors = [settled(x) for x in (targets, *saved, g.float(), h.float())]
-        self.temperature, self.deterministic = temperature, deterministic
-        self.d_weight = torch.zeros_like(self.weight) if needs[1] else None
-        self.buffer = hidden.new_empty(len(hidden) * min(CHUNK, len(weight)))
-        self.needs_hidden, self.bounds, self.d_hidden = needs[0], bounds, None
-        if len(hidden):
-            self.d_hidden = pairwise_sum(self.slab, 0, len(bounds) - 1)
-
-    def slab(self, i: int) -> Tensor:
-        """The part of dX of one slab's columns; their rows of dW are written."""
-        (T, D), V = self.hidden.shape, len(self.weight)
-        part = self.hidden.new_zeros((T, D), dtype=torch.float32)
-        for start in range(self.bounds[i], self.bounds[i + 1], CHUNK):
-            stop = min(start + CHUNK, self.bounds[i + 1])
-            dz = self.buffer[: T * (stop - start)].view(T, stop - start)
-            rest = *self.vectors, dz, T, V, D, start, stop, 1 / self.temperature
-            row = f"token_logprob_bwd{rows_of(dz.dtype)}"
-            launch_tiles(token_logprob_bwd_kernel, row, self.hidden, self.weight, stop - start, *rest)
-            if self.needs_hidden:
-                add_product(part, dz, self.weight[start:stop], self.deterministic)
-            if self.d_weight is not None:
-                rows = part.new_zeros(stop - start, D)
-                add_product(rows, dz.t(), self.hidden, self.deterministic)
-                self.d_weight[start:stop] = rows
+    def slab(i: int) -> Tensor:
+        part = x.new_zeros((T, D), dtype=torch.float32)
+        for start in range(bounds[i], bounds[i + 1], CHUNK):
+            stop = min(start + CHUNK, bounds[i + 1])
+            dz = buffer[: T * (stop - start)].view(T, stop - start)
+            rest = *vectors, dz, T, V, D, start, stop, 1 / temperature
+            launch_tiles(token_logprob_bwd_kernel, row, x, weight, stop - start, *rest)
+            if needs[0]:
+                add_product(part, dz, weight[start:stop], deterministic)
+            if needs[1]:
+                d_weight[start:stop] = add_product(None, dz.t(), x, deterministic)
         return part
+
+    d_hidden = pairwise_sum(slab, 0, len(bounds) - 1) if T else None
+    if not needs[0] or T == len(hidden):
+        return d_hidden, d_weight
+    zeros = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+    return zeros if d_hidden is None else zeros.index_copy_(0, live, d_hidden), d_weight
 
 
 @torch.library.custom_op("minitrl::token_logprob", mutates_args=())
@@ -400,16 +318,11 @@ def token_logprob_backward_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, saved: Tensor, upstream: Tensor,
     temperature: float, deterministic: bool, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> dX and dW; empty if not needed. Rows that are ignored or whose upstream gradients are 0 are left out."""
-    g, h = upstream[:2]
-    live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
-    x, y, r, s, entropy, g, h = select(live, hidden, targets, saved[2], saved[3], saved[1], g, h)
-    bounds = cuts(len(weight), SLABS if deterministic else 1)
-    got = Gradients(x, weight, y, (r, s, entropy), g, h, temperature, deterministic, (needs_hidden, needs_weight), bounds)
-    d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    if needs_hidden and len(live):
-        d_hidden[live] = got.d_hidden.to(hidden.dtype)
-    return d_hidden, got.d_weight if needs_weight else weight.new_empty(0)
+    """-> dX and dW; empty if not needed."""
+    needs, bounds = (needs_hidden, needs_weight), cuts(len(weight), SLABS if deterministic else 1)
+    found = gradients(hidden, weight, targets, saved, upstream, temperature, deterministic, needs, bounds)
+    d_hidden, d_weight = (dx if need else x.new_empty(0) for x, dx, need in zip((hidden, weight), found, needs))
+    return d_hidden.to(hidden.dtype), d_weight
 
 
 @token_logprob_backward_op.register_fake
@@ -442,8 +355,7 @@ def token_logprob_sum_op(
     live = (scored & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
     d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
-    weight, row = settled(weight), forward_row(hidden.shape[1], hidden.dtype)
-    tiles, V = config("token_logprob_kept"), len(weight)
+    weight, V, tiles = settled(weight), len(weight), config("token_logprob.kept")
     for some in live.split(KEPT_ROWS):
         x, y = settled(hidden[some]), targets[some]
         kept = x.new_empty(len(some), V)
@@ -451,11 +363,9 @@ def token_logprob_sum_op(
         out[:, some] = mine = launch_fold(chosen, partials, temperature)
         token_logprob_kept_kernel[len(some), triton.cdiv(V, tiles["BLOCK"])](
             kept, peaks, y, mine[2], mine[3], mine[1], g[some], h[some], len(some), V, 1 / temperature,
-            COLUMNS=config(row)["COLUMNS"], **tiles,
+            COLUMNS=config(forward_row(x, kept))["COLUMNS"], enable_fp_fusion=False, **tiles,
         )  # fmt: skip
-        dx = d_weight.new_zeros(x.shape)
-        add_product(dx, kept, weight, deterministic)
-        d_hidden[some] = dx.to(hidden.dtype)
+        d_hidden[some] = add_product(None, kept, weight, deterministic).to(hidden.dtype)
         add_product(d_weight, kept.t(), x, deterministic)
     terms = g * out[0] + h * out[1]
     return torch.where(scored, terms, 0).sum(), out, d_hidden, d_weight.to(weight.dtype)
@@ -479,52 +389,60 @@ def _backward_sum(ctx, upstream, *_):
 token_logprob_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
-@torch.library.custom_op("minitrl::logits_logprob", mutates_args=())
-def logits_logprob_op(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-> (4, T), as token_logprob's."""
-    T, V = logits.shape
-    out = torch.empty(4, T, dtype=torch.float32, device=logits.device)
-    if T:
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        rest = *out, T, V, logits.stride(0), 1 / temperature
-        logits_logprob_fwd_kernel[(T,)](logits, settled(targets), *rest, IGNORE=IGNORE, **config("logits_logprob_fwd"))
-    return out
+class ShardedTokenLogprob(torch.autograd.Function):
+    """token_logprob of one of the ranks that share the vocabulary. All have the same hidden states and targets.
 
+    The ranks exchange 12 bytes a token and split of the vocabulary forward, and the sum of dX backward.
+    """
 
-@logits_logprob_op.register_fake
-def _(logits, targets, temperature):
-    return logits.new_empty((4, len(targets)), dtype=torch.float32)
+    @staticmethod
+    def forward(ctx, hidden, shard, targets, vocabulary, group, temperature, deterministic):
+        ranks, rank = group.size(), group.rank()
+        bounds = cuts(vocabulary, ranks)
+        if len(shard) != bounds[rank + 1] - bounds[rank]:
+            raise ValueError(f"rank {rank} of {ranks} holds {len(shard)} rows of a vocabulary cut at {bounds}")
+        if deterministic and SLABS % ranks:
+            raise ValueError(f"the deterministic mode shares a vocabulary among 1, 2, 4 or {SLABS} ranks, not {ranks}")
+        scored = (targets != IGNORE).nonzero()[:, 0]
+        hidden_some, targets_some = select(scored, hidden, targets)
+        local = torch.where(targets_some < bounds[rank + 1], targets_some - bounds[rank], -1)
+        out = torch.zeros(4, len(targets), dtype=torch.float32, device=hidden.device)
+        if len(scored):
+            chosen, partials, _ = launch_forward(hidden_some, shard, local, temperature)
+            most = triton.cdiv(triton.cdiv(vocabulary, SPLIT), ranks)
+            mine = chosen.new_zeros(1 + 3 * most, len(scored))
+            mine[0], mine[1 : 1 + 3 * len(partials)] = chosen, partials.flatten(0, 1)
+            everyone = chosen.new_empty(ranks, *mine.shape)
+            torch.distributed.all_gather_into_tensor(everyone, mine, group=group)
+            splits = [triton.cdiv(stop - start, SPLIT) for start, stop in pairwise(bounds)]
+            partials = torch.cat([part[1 : 1 + 3 * n] for part, n in zip(everyone, splits)]).unflatten(0, (-1, 3))
+            owners = torch.bucketize(targets_some, targets.new_tensor(bounds[1:-1]), right=True)
+            chosen = everyone[owners, 0, torch.arange(len(scored), device=owners.device)]
+            out[:, scored] = launch_fold(chosen, partials, temperature)
+        ctx.save_for_backward(hidden, shard, targets, out)
+        ctx.options = vocabulary, group, temperature, deterministic
+        return out
 
-
-@torch.library.custom_op("minitrl::logits_logprob_backward", mutates_args=())
-def logits_logprob_backward_op(
-    logits: Tensor, targets: Tensor, saved: Tensor, upstream: Tensor, temperature: float
-) -> Tensor:
-    """-> the gradient of the logits, in their dtype."""
-    T, V = logits.shape
-    dz = logits.new_empty(T, V)
-    if T:
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        tiles, (g, h) = config("logits_logprob_bwd"), upstream[:2].float().contiguous()
-        logits_logprob_bwd_kernel[T, triton.cdiv(V, tiles["BLOCK"])](
-            logits, settled(targets), saved[2], saved[3], saved[1], g, h, dz, T, V, logits.stride(0), 1 / temperature,
-            IGNORE=IGNORE, **tiles,
+    @staticmethod
+    def backward(ctx, upstream):
+        vocabulary, group, temperature, deterministic = ctx.options
+        hidden, shard, targets, out = ctx.saved_tensors
+        ranks, rank = group.size(), group.rank()
+        finest = cuts(vocabulary, SLABS if deterministic else ranks)
+        each = (len(finest) - 1) // ranks
+        bounds = finest[rank * each : (rank + 1) * each + 1]
+        local = torch.where(targets < bounds[-1], targets - bounds[0], -1).masked_fill(targets == IGNORE, IGNORE)
+        d_hidden, d_shard = gradients(
+            hidden, shard, local, out, upstream, temperature, deterministic, ctx.needs_input_grad[:2],
+            [bound - bounds[0] for bound in bounds],
         )  # fmt: skip
-    return dz
-
-
-@logits_logprob_backward_op.register_fake
-def _(logits, targets, saved, upstream, temperature):
-    return logits.new_empty(logits.shape)
-
-
-def _save_logits(ctx, inputs, output):
-    logits, targets, ctx.temperature = inputs
-    ctx.save_for_backward(logits, targets, output)
-
-
-def _backward_logits(ctx, upstream):
-    return logits_logprob_backward_op(*ctx.saved_tensors, upstream, ctx.temperature), None, None
-
-
-logits_logprob_op.register_autograd(_backward_logits, setup_context=_save_logits)
+        if ctx.needs_input_grad[0]:
+            parts = d_hidden.new_empty(ranks, *d_hidden.shape)
+            if deterministic:
+                torch.distributed.all_gather_into_tensor(parts, d_hidden, group=group)
+                d_hidden = pairwise_sum(parts.__getitem__, 0, ranks)
+            else:
+                torch.distributed.all_reduce(d_hidden, group=group)
+            d_hidden = d_hidden.to(hidden.dtype)
+        found = (dx if need else None for dx, need in zip((d_hidden, d_shard), ctx.needs_input_grad))
+        return *found, None, None, None, None, None

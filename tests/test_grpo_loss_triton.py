@@ -202,11 +202,11 @@ def test_each_byte_once(loss_type, level, choice, floats_in, by_sequence):
     T = len(numbers["mask_T"])
     with interpreted() as log:
         run(numbers, **options(loss_type, level, choice))
-    count, tiles = log["grpo_loss_tiles"], -(-T // TOKENS)
+    count, tiles = log["grpo_loss_tiles_kernel"], -(-T // TOKENS)
     kept = T if choice == "all" else 0  # the threshold's choice, for the bonus's gradient
     least = 4 * floats_in * live + T * (1 + 8 * by_sequence) + 4 * T + kept
     assert count.touched - 4 * 7 * tiles == least
-    assert log["grpo_loss_sums"].touched < 4 * 7 * tiles + 40
+    assert log["grpo_loss_sums_kernel"].touched < 4 * 7 * tiles + 40
     if by_sequence:
         assert count.requested < 4 * least
     else:
