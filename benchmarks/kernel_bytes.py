@@ -243,8 +243,8 @@ def grpo_loss(target: str, T=8192) -> list[dict]:
     rows = []
     for name, (options, bytes_each) in variants.items():
         given = {"ref_logprobs_T": reference, "entropy_T": entropy, "segments_T": segments}
-        least = {"tiles_kernel": bytes_each * T, "sums_kernel": 28}
-        workspace = {"tiles_kernel": ["sums"], "sums_kernel": ["sums"]}
+        least = {"grpo_loss_tiles_kernel": bytes_each * T, "grpo_loss_sums_kernel": 28}
+        workspace = {"grpo_loss_tiles_kernel": ["sums"], "grpo_loss_sums_kernel": ["sums"]}
         run = lambda: op(logprobs, old, advantages, mask, **given, **options)[0].backward()
         rows += measure(f"T {T}, {name}", run, least, workspace, target)
     return rows

@@ -104,6 +104,8 @@ CONFIGS: dict[str, dict[str, dict]] = {
     "decode_split/256/float32": dict.fromkeys(TARGETS, dict(QUERIES=16, KEYS=16, num_warps=8, num_stages=2)),
     "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=1, num_stages=1)),
     # Sums in float32 without rounding to TF32 use no tensor cores: small tiles, and pointers, which take fewer registers.
+    "grpo_loss_tiles": dict.fromkeys(TARGETS, dict(TOKENS=256, num_warps=8, num_stages=1, enable_fp_fusion=False)),
+    "grpo_loss_sums": dict.fromkeys(TARGETS, dict(TILES=1024, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "matmul": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
