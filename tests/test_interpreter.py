@@ -293,6 +293,22 @@ def test_bfloat16_arithmetic():
 
 
 @triton.jit
+def fma_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    a = tl.load(x + at)
+    tl.store(out + at, tl.fma(a, a, -(a * a)))
+
+
+def test_fma_rounds_once():
+    """So that a product minus itself, rounded, leaves the rounding."""
+    torch.manual_seed(0)
+    x, out = torch.randn(256), torch.empty(256)
+    with interpreted():
+        fma_kernel[(1,)](x, out, 256)
+    assert torch.equal(out, (x.double() ** 2 - (x * x)).float()) and out.count_nonzero() > 200
+
+
+@triton.jit
 def dot_kernel(a, b, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
     m = tl.arange(0, M)[:, None]
     n = tl.arange(0, N)[None, :]
