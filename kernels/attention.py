@@ -12,6 +12,7 @@ so a group's prompt is computed once however many completions follow it. With up
 
 The backward pass computes the shares again.
 Least traffic: q, k, v in and o out, once. FLOPs forward: 4 E H per (query, key) pair; backward 2.5 times that.
+On a GPU attention_triton.py computes this; attention_reference says what it is.
 
 On a CPU what costs is many small calls, and PyTorch's own backward pass in bfloat16. So there the work is cut into
 units, at most QUERIES queries of one segment with all keys that they may see, and units of about the same size are
@@ -27,6 +28,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .targets import use_triton
 
 QUERIES = 64  # of a unit: the more, the more scores are computed only to be masked
 SCORES = 2**19  # of a tile, over all heads: what stays in cache
@@ -188,10 +191,14 @@ def attention(q, k, v, cu_seqlens, prefixes_B, *, scale=None, window=None, lengt
     lengths, prefixes: the host's copies of the two integer tensors, so that nothing waits for the device.
     Returns (T, H, E) in q's dtype.
     """
-    if q.device.type != "cpu":
-        options = {"scale": scale, "window": window, "lengths": lengths, "prefixes": prefixes}
-        return attention_reference(q, k, v, cu_seqlens, prefixes_B, **options)
     lengths = tuple(cu_seqlens.diff().tolist() if lengths is None else lengths)
     prefixes = tuple(prefixes_B.tolist() if prefixes is None else prefixes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if use_triton(q):
+        from . import attention_triton
+
+        return attention_triton.attention(q, k, v, lengths, prefixes, scale=scale, window=window)
+    if q.device.type != "cpu":
+        options = {"scale": scale, "window": window, "lengths": lengths, "prefixes": prefixes}
+        return attention_reference(q, k, v, cu_seqlens, prefixes_B, **options)
     return TiledAttention.apply(q, k, v, tiles(lengths, prefixes, window, q.shape[1], k.shape[1]), scale)

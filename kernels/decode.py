@@ -6,7 +6,7 @@ Row b's keys are the first lengths[b] slots of its pages, in the order of its pa
 
 Rows may share pages (a group's prompt stands once). Within a page one head's tokens lie side by side, so that what a
 kernel reads at once, one head of one page, is one piece of memory. Least traffic: every page once, 2 K E numbers a
-token.
+token. On a GPU decode_triton.py computes this.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .targets import use_triton
+
 
 class Layout(NamedTuple):
-    """What `decode_reference` reads and hides, the same for every layer of a step."""
+    """What `decode_reference` reads and hides."""
 
     page_rows: Tensor  # int64 (B * K * M,) rows of the (pages * K, page_size * E) matrix of pages
     bias: Tensor  # (B * K, 1, M * page_size), 0 for a slot that is seen, else -inf
 
 
-def make_layout(page_table, lengths, kv_heads: int, page_size: int, window: int | None, dtype) -> Layout:
-    """The layout of a step; see `decode` for the arguments."""
+def make_layout(page_table, lengths, kv_heads: int, page_size: int, window: int | None, dtype):
+    """What `decode` needs to know beside the queries, worked out once a step for all layers; see there."""
+    if use_triton(page_table):
+        from . import decode_triton
+
+        return decode_triton.sharing(page_table, lengths, page_size)
+    return reference_layout(page_table, lengths, kv_heads, page_size, window, dtype)
+
+
+def reference_layout(page_table, lengths, kv_heads: int, page_size: int, window: int | None, dtype) -> Layout:
     heads = torch.arange(kv_heads, device=page_table.device)[:, None]
     slots = torch.arange(page_table.shape[1] * page_size, device=page_table.device)
     hidden = slots >= lengths[:, None]
@@ -41,21 +51,31 @@ def decode_reference(q, k_pages, v_pages, page_table, lengths, *, scale=None, wi
     """
     (rows, heads, size), (kv_heads, page_size) = q.shape, k_pages.shape[1:3]
     scale = size**-0.5 if scale is None else scale
-    page_rows, bias = layout or make_layout(page_table, lengths, kv_heads, page_size, window, q.dtype)
+    page_rows, bias = layout or reference_layout(page_table, lengths, kv_heads, page_size, window, q.dtype)
     gathered = (x.view(-1, page_size * size).index_select(0, page_rows) for x in (k_pages, v_pages))
     keys, values = (x.view(rows * kv_heads, -1, size) for x in gathered)
     scores = torch.baddbmm(bias, q.reshape(rows * kv_heads, -1, size), keys.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values).view(rows, heads, size)
 
 
-def decode(q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None, layout=None) -> Tensor:
+def decode(
+    q, k_pages, v_pages, page_table, lengths, *, scale=None, window=None, layout=None, deterministic=False
+) -> Tensor:
     """One step of decoding attention.
 
     q: (B, H, E).  k_pages, v_pages: (pages, K, page_size, E); slots beyond a row's length may hold anything finite.
     page_table: (B, M) int32 or int64, row b's pages in order; entries beyond its length may be any valid page.
     lengths: (B,) tokens of each row, the one being decoded included (its key and value are in the cache already).
-    layout: `make_layout` of the same, where several layers share it.
+    layout: `make_layout` of the same; by default it is made.
+    deterministic: each row has the bits that the attention kernel gives the same query in a pack; slower.
     Returns (B, H, E) in q's dtype.
     """
+    if use_triton(q):
+        from . import decode_triton
+
+        options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "shared": layout}
+        return decode_triton.decode(q, k_pages, v_pages, page_table, lengths, deterministic=deterministic, **options)
+    if deterministic:
+        raise ValueError("decode: deterministic is for GPUs: only the Triton kernels have the bits of attention")
     options = {"scale": scale, "window": window, "layout": layout}
     return decode_reference(q, k_pages, v_pages, page_table, lengths, **options)

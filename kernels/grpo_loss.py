@@ -17,14 +17,100 @@ What it is divided by is counted over all micro-batches and ranks before the fir
     dr_grpo       sum_t l_t / (sequences * max_completion_length)  arXiv 2503.20783
     bnpo          sum_t l_t / (this micro-batch's tokens) / micro_batches    TRL 0.16.0's, which depends on the split
 
-Least traffic per token: 5 floats in (log-probs new, old and reference, advantage, entropy), 1 byte of mask, 2 floats of
-gradient out.
+The gradient of a token's loss takes two ways, by the log-ratio and straight:
+
+    dl_t / dd_t        = -r_t A where r_t moves what `min` chose      + beta k_t r_t where k_t carries r_t
+    dl_t / dlog pi(t)  = -stop_gradient(min(r_t, epsilon_high)) A     (cispo)
+                         -beta [r_t] (exp(e_t) - 1)
+
+and with sequence ratios the first reaches every token of a sequence alike, as 1 / |o_i| of its sum over the sequence.
+
+`token_loss` and `token_slopes` are the one text of this: the reference below runs them in PyTorch, and the kernel in
+grpo_loss_triton.py is compiled from the same lines. Autograd, which differentiates the one, is the judge of the other.
+
+Least traffic a token: 3 floats in (log-probs new and old, advantage; new and old are the same on policy), 1 more for
+the reference's log-prob and 1 for the entropy where they count, 1 byte of mask; 1 float of gradient out, 2 with an
+entropy bonus. Of a masked token nothing but the mask is read.
 """
 
 import torch
+from torch import expm1
+
+from . import targets
 
 # exp(20) is 4.9e8: far beyond any ratio that training survives, and far below the overflow of a 32-bit float.
 MAX_LOG_RATIO = 20.0
+
+xp = torch  # what the functions down to token_slopes take `exp` and `where` from; for the kernel, Triton's language
+
+
+def bounded(x, low, high):
+    """x, at least low and at most high. NaN stays NaN: what is broken has to be seen."""
+    return xp.where(x < low, low, xp.where(x > high, high, x))
+
+
+def moves(x, low, high):
+    """Where `bounded` moves with x."""
+    return (x >= low) & (x <= high)
+
+
+def constant(x):
+    """x as a number that no gradient flows through."""
+    return x.detach()
+
+
+def token_loss(logprob, log_ratio, ref_log_ratio, advantage, kept, lower, upper, delta, beta, CISPO, CORRECTED):
+    """l_t, k_t, and whether the ratio was clipped from below and from above.
+
+    kept: 1 where the policy term counts, else 0.  ref_log_ratio: e_t, or None without a KL penalty.
+    """
+    ratio = xp.exp(bounded(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    clipped = bounded(ratio, lower, upper)
+    if CISPO:
+        loss = -constant(clipped) * advantage * logprob
+    else:
+        loss = -least(bounded(ratio, 0.0, delta) * advantage, clipped * advantage)
+    loss = loss * kept
+    kl = xp.zeros_like(loss)
+    if ref_log_ratio is not None:
+        e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = expm1(e) - e  # expm1 keeps k3 >= 0 where the two policies all but agree
+        if CORRECTED:
+            kl = kl * ratio
+        loss = loss + beta * kl
+    return loss, kl, (ratio < lower) & (advantage < 0), (ratio > upper) & (advantage > 0)
+
+
+def least(x, y):
+    """The smaller of two, with NaN for NaN."""
+    return xp.where(x <= y, x, y)
+
+
+def token_slopes(logprob, log_ratio, ref_log_ratio, advantage, kept, lower, upper, delta, beta, CISPO, CORRECTED):
+    """The derivatives of l_t by the log-ratio, and by the log-prob where it does not stand in the log-ratio."""
+    ratio = xp.exp(bounded(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    clipped = bounded(ratio, lower, upper)
+    if CISPO:
+        by_ratio, straight = xp.zeros_like(ratio), -clipped * advantage * kept
+    else:
+        free = bounded(ratio, 0.0, delta) * advantage <= clipped * advantage
+        moving = (free & moves(ratio, 0.0, delta)) | (~free & moves(ratio, lower, upper))
+        by_ratio, straight = xp.where(moving, -ratio * advantage * kept, 0.0), xp.zeros_like(ratio)
+    if ref_log_ratio is not None:
+        e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        by_e = beta * xp.where(moves(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO), expm1(e), 0.0)
+        if CORRECTED:
+            by_ratio = by_ratio + beta * (expm1(e) - e) * ratio
+            by_e = by_e * ratio
+        straight = straight - by_e
+    return xp.where(moves(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO), by_ratio, 0.0), straight
+
+
+def clip_bounds(loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None) -> tuple:
+    """Between which the ratio is clipped, and the bound of the ratio that is not clipped otherwise."""
+    high = epsilon if epsilon_high is None else epsilon_high
+    lower, upper = (0.0, high) if loss_type == "cispo" else (1 - epsilon, 1 + high)
+    return lower, upper, torch.inf if delta is None else delta
 
 
 def grpo_loss_reference(
@@ -59,7 +145,8 @@ def grpo_loss_reference(
     zero = logprobs_T.new_zeros(())
     logprobs = torch.where(mask_T, logprobs_T, zero)
     advantages = torch.where(mask_T, advantages_T, zero)
-    log_ratio = torch.where(mask_T, logprobs - old_logprobs_T, zero)
+    log_ratio = torch.where(mask_T, logprobs - old_logprobs_T.detach(), zero)
+    ref_log_ratio = torch.where(mask_T, ref_logprobs_T.detach() - logprobs, zero) if beta != 0.0 else None
     mask = mask_T.to(logprobs.dtype)
     tokens = max(1, int(mask_T.sum()) if tokens is None else tokens)
 
@@ -71,37 +158,20 @@ def grpo_loss_reference(
     if importance_sampling_level == "sequence":
         sums = torch.zeros_like(lengths).index_add(0, segments_T, log_ratio)
         log_ratio = torch.where(mask_T, sums[segments_T] / lengths_T, zero)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-    high = epsilon if epsilon_high is None else epsilon_high
-    lower, upper = (0.0, high) if loss_type == "cispo" else (1 - epsilon, 1 + high)
-    clipped = ratio.clamp(lower, upper)
-    if loss_type == "cispo":
-        losses = -clipped.detach() * advantages * logprobs
-    else:
-        unclipped = ratio if delta is None else ratio.clamp(max=delta)
-        losses = -torch.minimum(unclipped * advantages, clipped * advantages)
 
     kept = mask  # the tokens that the policy term and the entropy bonus act on
     if entropy_threshold is not None:  # only those where the policy decides (arXiv 2506.01939)
         kept = mask * (entropy_T.detach() >= entropy_threshold)
-        losses = losses * kept
-
-    with torch.no_grad():
-        low_clipped = (ratio < lower) & (advantages < 0)
-        high_clipped = (ratio > upper) & (advantages > 0)
-        metrics = {
-            "clip_ratio/low_mean": (low_clipped * mask).sum() / tokens,
-            "clip_ratio/high_mean": (high_clipped * mask).sum() / tokens,
-            "clip_ratio/region_mean": ((low_clipped | high_clipped) * mask).sum() / tokens,
-        }
+    bounds = clip_bounds(loss_type, epsilon, epsilon_high, delta)
+    terms = (logprobs, log_ratio, ref_log_ratio, advantages, kept)
+    losses, kl, low, high = token_loss(*terms, *bounds, beta, loss_type == "cispo", use_bias_correction_kl)
+    metrics = {
+        "clip_ratio/low_mean": (low * mask).sum() / tokens,
+        "clip_ratio/high_mean": (high * mask).sum() / tokens,
+        "clip_ratio/region_mean": ((low | high) * mask).sum() / tokens,
+    }
     if beta != 0.0:
-        ref_log_ratio = torch.where(mask_T, ref_logprobs_T - logprobs, zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = torch.expm1(ref_log_ratio) - ref_log_ratio  # expm1 keeps k3 >= 0 where the two policies all but agree
-        if use_bias_correction_kl:
-            kl = kl * ratio
         metrics["kl"] = (kl.detach() * mask).sum() / tokens
-        losses = losses + beta * kl
 
     losses = losses * mask
     if loss_type == "grpo":
@@ -117,4 +187,10 @@ def grpo_loss_reference(
     return loss, metrics
 
 
-grpo_loss = grpo_loss_reference  # the one form there is so far, for every device
+def grpo_loss(logprobs_T, *args, **options):
+    """`grpo_loss_reference`, or the same in one pass on a GPU; arguments are those of `minitrl.losses.grpo_loss`."""
+    if targets.use_triton(logprobs_T):
+        from . import grpo_loss_triton
+
+        return grpo_loss_triton.grpo_loss(logprobs_T, *args, **options)
+    return grpo_loss_reference(logprobs_T, *args, **options)

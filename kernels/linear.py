@@ -66,6 +66,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if residual is None else y + residual
 
 
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight^T, (N, V) float32. hidden: (N, D).  weight: (V, D).
+
+    On CUDA the sums stay as they were added up, as in token_logprob's kernel; a CPU's bfloat16 product rounds them.
+    """
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return linear(hidden, weight).float()
+
+
 def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(x Wg^T + bg) * (x Wu^T + bu) (arXiv 2002.05202): the gates' rows of the weight, then as many of the ups.
 

@@ -23,16 +23,23 @@ import torch
 from torch import Tensor
 
 from .linear import product
+from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
 ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
 
 
 def token_logprob_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
-    """The same in five lines with whole logits: the truth that tests compare with."""
-    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD).to(stat_dtype(hidden_TD)) / temperature
-    logprobs_TV = logits_TV.log_softmax(-1)
+    """The same in a few lines with whole logits: the truth that tests compare with."""
+    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD)
+    return logits_logprob_reference(logits_TV, targets_T, temperature=temperature)
+
+
+def logits_logprob_reference(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
+    """Log-prob and entropy from logits."""
+    logprobs_TV = (logits_TV.to(stat_dtype(logits_TV)) / temperature).log_softmax(-1)
     scored_T = targets_T != IGNORE
     logprobs_T = logprobs_TV.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
     entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
@@ -53,6 +60,15 @@ def targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """The rows whose target stands in these columns, and where in them."""
     rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero()[:, 0]
     return rows, targets[rows] - columns.start
+
+
+def cuts(vocabulary: int, parts: int) -> list[int]:
+    """Where a vocabulary is cut for ranks to share it, into whole splits, as even as they get: parts + 1 numbers.
+
+    Rank r holds the rows from cuts[r] to cuts[r + 1]. Each part of 1, 2 or 4 is made of whole ones of twice as many.
+    """
+    splits = -(-vocabulary // SPLIT)
+    return [min(SPLIT * (i * splits // parts), vocabulary) for i in range(parts + 1)]
 
 
 class TiledTokenLogprob(torch.autograd.Function):
@@ -115,16 +131,92 @@ class TiledTokenLogprob(torch.autograd.Function):
         return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
 
 
-def token_logprob(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
+def token_logprob(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    deterministic: bool = False,
+    vocabulary: int | None = None,
+    group=None,
+):
     """Log-prob of each target and entropy of its distribution under softmax(hidden weight^T / temperature).
 
     hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
+    deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
+    group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
+        rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
+        bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
     Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
+    if use_triton(hidden_TD):
+        check(hidden_TD, weight_VD)
+        from . import token_logprob_triton as kernels
+
+        if group is None:
+            out = kernels.token_logprob_op(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+        else:
+            options = vocabulary, group, temperature, deterministic
+            out = kernels.ShardedTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options)
+        return out[0], out[1]
+    if group is not None:
+        raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
         return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
     logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
+
+
+def token_logprob_sum(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    *,
+    entropy_weights_T: Tensor | None = None,
+    temperature: float = 1.0,
+    deterministic: bool = False,
+):
+    """sum_t (weights_t log-prob_t + entropy_weights_t entropy_t): for losses known before the forward pass, as SFT's.
+
+    Logits are then computed once and not twice: one product of four is saved. Other arguments are token_logprob's.
+    Returns (the sum, logprobs_T, entropy_T), of which the sum alone carries gradients, to hidden and weight alone.
+    """
+    zeros = torch.zeros_like(weights_T)
+    g, h = weights_T.detach(), zeros if entropy_weights_T is None else entropy_weights_T.detach()
+    trained = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    if trained and use_triton(hidden_TD):
+        check(hidden_TD, weight_VD)
+        from .token_logprob_triton import token_logprob_sum_op
+
+        total, out, *_ = token_logprob_sum_op(
+            hidden_TD, weight_VD, targets_T, g.float(), h.float(), temperature, deterministic
+        )
+        return total, out[0].detach(), out[1].detach()
+    options = {"temperature": temperature, "deterministic": deterministic}
+    logprobs, entropy = token_logprob(hidden_TD, weight_VD, targets_T, **options)
+    scored = targets_T != IGNORE  # elsewhere a weight may be NaN
+    total = torch.where(scored, g * logprobs + h * entropy, 0).sum()
+    return total, logprobs.detach(), entropy.detach()
+
+
+def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
+    """token_logprob for those who hold the logits (T, V): read once forward; backward read, their gradient written."""
+    if use_triton(logits_TV):
+        check(logits_TV)
+        from .logits_logprob_triton import logits_logprob_op
+
+        return logits_logprob_op(logits_TV, targets_T, temperature)[:2].unbind()
+    return logits_logprob_reference(logits_TV, targets_T, temperature=temperature)
+
+
+def check(*tensors: Tensor) -> None:
+    """Raises ValueError for what the Triton kernels do not compute."""
+    dtypes = [x.dtype for x in tensors]
+    if dtypes[0] not in (torch.float32, torch.float16, torch.bfloat16) or len(set(dtypes)) > 1:
+        wanted = "float32, float16 or bfloat16, the same for all"
+        raise ValueError(f"token_logprob of {dtypes}: the kernels take {wanted}; or set MINITRL_KERNELS=reference")

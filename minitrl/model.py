@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
-from .kernels.linear import linear, swiglu
+from .kernels.linear import linear, logits, swiglu
 from .kernels.token_logprob import token_logprob
 from .packing import Pack, pack
 
@@ -315,7 +315,7 @@ class Model(nn.Module):
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
-        return list(linear(self.forward(packed), self.head_weight).float().split(packed.lengths))
+        return list(logits(self.forward(packed), self.head_weight).split(packed.lengths))
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:

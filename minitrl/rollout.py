@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .kernels.attention import attention
 from .kernels.decode import decode, make_layout
-from .kernels.linear import linear, packed_weights
+from .kernels.linear import logits, packed_weights
 from .packing import pack
 
 
@@ -462,7 +462,7 @@ class Engine:
 
     def _draw(self, sequences: list[_Sequence], hidden_BD: Tensor) -> list[_Sequence]:
         """Draw every sequence's next token; those that end leave. Returns those that go on."""
-        logits_BV = linear(hidden_BD, self.model.head_weight)
+        logits_BV = logits(hidden_BD, self.model.head_weight)
         uniforms = [s.uniforms[len(s.ids)] for s in sequences]
         samplings = [s.group.sampling for s in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Of the largest value (or of 1): what any order of summation may cost. In float64 the truth has such errors itself.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 8e-6, torch.bfloat16: 2**-8}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 8e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def assert_as_exact_as_plain(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:

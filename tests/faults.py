@@ -1,8 +1,12 @@
 """Faults planted on purpose: a module with one piece of its source replaced. Tests that miss them prove nothing."""
 
+import linecache
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+import torch
 
 
 def mutant(module: ModuleType, right: str, wrong: str) -> ModuleType:
@@ -12,5 +16,18 @@ def mutant(module: ModuleType, right: str, wrong: str) -> ModuleType:
     made = ModuleType(f"{module.__name__}_with_a_fault")
     made.__package__, made.__file__ = module.__package__, module.__file__
     sys.modules[made.__name__] = made  # dataclasses look their module up by name
-    exec(compile(source.replace(right, wrong), made.__name__, "exec"), vars(made))
+    faulty = source.replace(right, wrong)
+    # Triton reads a kernel's source where its file name says that it stands.
+    linecache.cache[made.__name__] = len(faulty), None, faulty.splitlines(keepends=True), made.__name__
+    exec(compile(faulty, made.__name__, "exec"), vars(made))
     return made
+
+
+def plant(monkeypatch, module: ModuleType, right: str, wrong: str) -> None:
+    """Put the fault into the module itself, until the test ends. Its operators stay as registered, but what they call
+    is faulty."""
+    with mock.patch.object(torch.library, "custom_op"):  # a second registration would replace the first for good
+        faulty = mutant(module, right, wrong)
+    for name, value in vars(faulty).items():
+        if getattr(value, "__module__", "") == faulty.__name__:
+            monkeypatch.setattr(module, name, value)

@@ -487,25 +487,25 @@ def extremes():
 
 FAULTS = [  # what the formula says, what it says wrongly, and which check sees it
     ("else (1 - epsilon, 1 + high)", "else (1 - high, 1 + epsilon)", formulas),  # sides swapped
-    ("-torch.minimum(", "-torch.maximum(", formulas),
-    ("-clipped.detach() * advantages * logprobs", "-clipped * advantages * logprobs", formulas),
-    ("ratio.clamp(max=delta)", "ratio", formulas),
+    ("return xp.where(x <= y, x, y)", "return xp.where(x >= y, x, y)", formulas),
+    ("-constant(clipped) * advantage * logprob", "-clipped * advantage * logprob", formulas),
+    ("least(bounded(ratio, 0.0, delta) * advantage,", "least(ratio * advantage,", formulas),
     ("losses = losses * mask", "losses = losses * mask * mask.roll(-1)", formulas),  # the end token forgotten
-    ("ref_logprobs_T - logprobs, zero", "logprobs - ref_logprobs_T, zero", formulas),  # k3 of the other direction
-    ("kl = kl * ratio", "kl = kl * ratio.detach()", formulas),
+    ("ref_logprobs_T.detach() - logprobs, zero", "logprobs - ref_logprobs_T, zero", formulas),  # k3 of the other direction
+    ("kl = kl * ratio", "kl = kl * constant(ratio)", formulas),
     ("(losses / lengths_T).sum()", "losses.sum()", formulas),
-    ("losses = losses * kept", "pass", formulas),
+    ("loss = loss * kept", "pass", formulas),
     ("torch.where(kept > 0, entropy_T, zero)", "torch.where(kept > 0, entropy_T.detach(), zero)", formulas),
     ("sums[segments_T] / lengths_T", "sums[segments_T]", formulas),  # the product of ratios, not their geometric mean
-    ("(ratio < lower) & (advantages < 0)", "(ratio < lower)", formulas),
+    ("(ratio < lower) & (advantage < 0)", "(ratio < lower)", formulas),
     ("loss = losses.sum() / tokens", "loss = losses.sum() / mask.sum()", splits),
     ("(losses / lengths_T).sum() / sequences", "(losses / lengths_T).sum() / (lengths > 0).sum()", splits),
-    ("torch.where(mask_T, logprobs - old_logprobs_T, zero)", "(logprobs - old_logprobs_T) * mask_T", poison),
+    ("torch.where(mask_T, logprobs - old_logprobs_T.detach(), zero)", "(logprobs - old_logprobs_T) * mask_T", poison),
     ("advantages = torch.where(mask_T, advantages_T, zero)", "advantages = advantages_T * mask_T", poison),
     ("logprobs = torch.where(mask_T, logprobs_T, zero)", "logprobs = logprobs_T", poison),
-    ("log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()", "log_ratio.exp()", extremes),
-    ("zero).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)", "zero)", extremes),
-    ("torch.expm1(ref_log_ratio) - ref_log_ratio", "ref_log_ratio.exp() - ref_log_ratio - 1", check_k3),
+    ("MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 200.0", extremes),
+    ("e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)\n        kl", "e = ref_log_ratio\n        kl", extremes),
+    ("kl = expm1(e) - e", "kl = xp.exp(e) - e - 1", check_k3),
 ]
 
 
