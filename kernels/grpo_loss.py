@@ -59,6 +59,13 @@ def constant(x):
     return x.detach()
 
 
+def k3(e):
+    """exp(e) - e - 1 and its derivative; above exp(20) along the tangent, which still pulls a lost token back."""
+    near = xp.where(e > MAX_LOG_RATIO, MAX_LOG_RATIO, e)
+    slope = expm1(near)  # not exp(e) - 1, which is below 0 where the two policies all but agree
+    return slope - near + slope * (e - near), slope
+
+
 def token_loss(logprob, log_ratio, ref_log_ratio, advantage, kept, lower, upper, delta, beta, CISPO, CORRECTED):
     """l_t, k_t, and whether the ratio was clipped from below and from above.
 
@@ -73,8 +80,7 @@ def token_loss(logprob, log_ratio, ref_log_ratio, advantage, kept, lower, upper,
     loss = loss * kept
     kl = xp.zeros_like(loss)
     if ref_log_ratio is not None:
-        e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        kl = expm1(e) - e  # expm1 keeps k3 >= 0 where the two policies all but agree
+        kl, slope = k3(ref_log_ratio)
         if CORRECTED:
             kl = kl * ratio
         loss = loss + beta * kl
@@ -97,10 +103,10 @@ def token_slopes(logprob, log_ratio, ref_log_ratio, advantage, kept, lower, uppe
         moving = (free & moves(ratio, 0.0, delta)) | (~free & moves(ratio, lower, upper))
         by_ratio, straight = xp.where(moving, -ratio * advantage * kept, 0.0), xp.zeros_like(ratio)
     if ref_log_ratio is not None:
-        e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        by_e = beta * xp.where(moves(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO), expm1(e), 0.0)
+        kl, slope = k3(ref_log_ratio)
+        by_e = beta * slope
         if CORRECTED:
-            by_ratio = by_ratio + beta * (expm1(e) - e) * ratio
+            by_ratio = by_ratio + beta * kl * ratio
             by_e = by_e * ratio
         straight = straight - by_e
     return xp.where(moves(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO), by_ratio, 0.0), straight

@@ -46,7 +46,7 @@ def constant(x):
 # The functions of grpo_loss.py under Triton: the same code, which finds other things behind the names that it uses.
 names = {"__name__": __name__, "xp": tl, "expm1": expm1, "constant": constant}
 names["MAX_LOG_RATIO"] = tl.constexpr(text.MAX_LOG_RATIO)
-for function in (text.bounded, text.moves, text.least, text.token_loss, text.token_slopes):
+for function in (text.bounded, text.moves, text.least, text.k3, text.token_loss, text.token_slopes):
     names[function.__name__] = triton.jit(FunctionType(function.__code__, names, function.__name__))
 token_loss, token_slopes = names["token_loss"], names["token_slopes"]
 

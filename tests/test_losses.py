@@ -332,6 +332,24 @@ def test_k3_of_a_token_that_the_policy_forgot():
     assert kl(torch.tensor(-5.0), torch.tensor(-15.0)) == pytest.approx(9 + math.exp(-10), rel=1e-6)
 
 
+def check_k3_far() -> None:
+    """exp(e) - e - 1 down to e = -100, and up to 20; above it goes on along its tangent, and keeps its pull."""
+    top = math.expm1(20.0)
+    far = ((-100.0, 99.0, -1.0), (19.0, math.expm1(19.0) - 19, math.expm1(19.0)), (39.0, top - 20 + 19 * top, top))
+    for e, value, slope in far:
+        logprob = torch.tensor([-50.0], requires_grad=True)
+        given = logprob.detach(), torch.zeros(1), torch.ones(1, dtype=torch.bool)
+        options = {"ref_logprobs_T": e - 50 + torch.zeros(1), "beta": 0.5, "use_bias_correction_kl": False}
+        loss, metrics = grpo_loss(logprob, *given, **options)
+        loss.backward()
+        assert metrics["kl"].item() == pytest.approx(value, rel=1e-6)
+        assert logprob.grad.item() == pytest.approx(-0.5 * slope, rel=1e-6)
+
+
+def test_k3_far_away():
+    check_k3_far()
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("rows", [0, 3], ids=["no token at all", "every token masked"])
@@ -504,8 +522,10 @@ FAULTS = [  # what the formula says, what it says wrongly, and which check sees 
     ("advantages = torch.where(mask_T, advantages_T, zero)", "advantages = advantages_T * mask_T", poison),
     ("logprobs = torch.where(mask_T, logprobs_T, zero)", "logprobs = logprobs_T", poison),
     ("MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 200.0", extremes),
-    ("e = bounded(ref_log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)\n        kl", "e = ref_log_ratio\n        kl", extremes),
-    ("kl = expm1(e) - e", "kl = xp.exp(e) - e - 1", check_k3),
+    ("near = xp.where(e > MAX_LOG_RATIO, MAX_LOG_RATIO, e)", "near = e", extremes),
+    ("+ slope * (e - near)", "", check_k3_far),
+    ("e > MAX_LOG_RATIO, MAX_LOG_RATIO, e)", "e < -MAX_LOG_RATIO, -MAX_LOG_RATIO, e)", extremes),
+    ("slope = expm1(near)", "slope = xp.exp(near) - 1", check_k3),
 ]
 
 
