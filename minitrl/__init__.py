@@ -8,7 +8,7 @@ Reading order, each file whole and from the top:
  4. packing.py       sequences on one axis without padding; a prompt stands once before its completions
  5. model.py         one decoder for Llama, Mistral, Qwen2 and Qwen3
  6. rollout.py       the generation engine: paged KV cache, continuous batching, sampling
- 7. training.py      optimizer with fp32 master weights, schedules; runs.py: the output folder, console, Ctrl-C
+ 7. training.py      optimizer with fp32 master weights, schedules; runs.py: the output folder, Ctrl-C; console.py
  8. distributed.py   processes, and the few sums that they share
  9. checkpoint.py    Hugging Face folders in and out, exact resume; tokenizer.py, data.py, rewards.py, config.py
 10. kernels/         the operations that PyTorch alone does wastefully, each with its plain reference

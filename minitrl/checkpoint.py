@@ -70,9 +70,7 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
     files, ValueError. OSError names the folder if the disk fails, and an older folder of that name is still there.
     """
     folder = Path(os.path.realpath(folder))
-    foreign = [path.name for path in folder.iterdir() if not _is_model_file(path)] if folder.is_dir() else []
-    if foreign:
-        raise ValueError(f"{folder} holds other files ({', '.join(sorted(foreign)[:3])}); give a new folder")
+    refuse_strangers(folder)
     dtype = dtype or model.embed_tokens.weight.dtype
     config = model.config.to_hf()
     config.pop("dtype", None)  # transformers 5's name; 4 and vLLM know the old one, and all read it
@@ -83,6 +81,23 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
         write_json(temporary / "config.json", config)
         tokenizer.save(temporary)
         _save_weights(model, temporary, dtype, max_shard_bytes)
+
+
+def refuse_strangers(folder) -> None:
+    """ValueError where the folder holds anything but a model's files: `save`, which replaces it, would lose that."""
+    folder = Path(folder)
+    strangers = sorted(path.name for path in folder.iterdir() if not _is_model_file(path)) if folder.is_dir() else []
+    if strangers:
+        raise ValueError(f"{folder} holds other files ({', '.join(strangers[:3])}); move them, or give a new folder")
+
+
+@torch.no_grad()
+def fingerprint(model: Model) -> str:
+    """A digest of the model's description and weights: sums over their bits, which are exact in any order."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = {name: p.view(integers[p.element_size()]) for name, p in model.named_parameters()}
+    sums = {name: int(value.sum(dtype=torch.int64)) for name, value in bits.items()}
+    return _digest_of({"config": model.config.to_hf(), "sums": sums})
 
 
 def _locate(source) -> Path:

@@ -8,6 +8,7 @@ Every other key is a column, which the reward functions receive. The order of tr
 of ranks, reads the same rows in the same order.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +56,20 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
         else:
             rows.append({"prompt": prompt, "prompt_ids": ids, "columns": columns})
     if not rows:
-        limit = f"--max-prompt-length {max_prompt_length}"
+        limit = f"--max_prompt_length {max_prompt_length}"
         raise ValueError(f"{path}: all {dropped} prompts are longer than {limit}; raise it")
     names = dict.fromkeys(name for row in rows for name in row["columns"])
     for row in rows:
         row["columns"] = {name: row["columns"].get(name) for name in names}
     return rows, dropped
+
+
+def fingerprint(rows: list[dict[str, Any]]) -> str:
+    """A digest of what `load_prompts` gave: the ids of every prompt and every column, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["prompt_ids"], row["columns"]]).encode())
+    return digest.hexdigest()
 
 
 def order(n: int, start: int, count: int, seed: int) -> list[int]:

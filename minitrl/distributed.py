@@ -5,8 +5,9 @@
 here pickles anything: what travels is tensors. A job's own process group is trusted.
 """
 
+import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -114,6 +115,14 @@ def gather_ragged(tensor: Tensor, world: World) -> list[Tensor]:
     ]
 
 
+def gather_json(value, world: World) -> list:
+    """Every process's value, anything that JSON has, in the order of ranks, on every process."""
+    if world.size == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(bytes(part.tolist())) for part in gather_ragged(text, world)]
+
+
 def any_true(flag: bool, world: World) -> bool:
     """Whether the flag is true on any process: all stop together, or none does."""
     if world.size == 1:
@@ -132,6 +141,22 @@ def barrier(world: World, what: str = "at a barrier") -> None:
             dist.all_reduce(torch.zeros(1, device=world.device))
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
+
+
+@contextmanager
+def together(what: str, world: World):
+    """An error inside, on one process, ends the block with an error on all: none waits for what will not come.
+
+    For work without collectives of its own, which all processes enter at the same place.
+    """
+    try:
+        yield
+    except Exception:
+        with suppress(ConnectionError):  # what failed here is what the user has to see
+            any_true(True, world)
+        raise
+    if any_true(False, world):
+        raise ConnectionError(f"rank {world.rank} of {world.size}, {what}: another process failed, and says why")
 
 
 def print0(world: World, *values) -> None:

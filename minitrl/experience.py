@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import rewards
-from .distributed import World, gather_ragged
+from .distributed import World, gather_ragged, together
 from .packing import Pack, pack_groups
 
 
@@ -112,34 +112,39 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
 
 
 def generate_and_score(
-    engine, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None
+    engine, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None,
+    first_index=0,
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
+
+    An error on one rank, say in a reward, is an error on all.
 
     rows: P rows of `data.load_prompts`, the same on every rank.
     seeds: P ints; a completion depends on its prompt's seed and its own number.
     functions, weights: the rewards (`rewards.load_rewards`) and their weights.
     sampling: keyword arguments of `Engine.generate`.
     overlong: (max_completion_length, cache) adds `rewards.overlong_penalty` to the rewards.
+    first_index: completions that were sampled in this step before these.
     """
     P, G = len(rows), num_generations
     first, last = P * world.rank // world.size, P * (world.rank + 1) // world.size
     mine = rows[first:last]
     prompts = [row["prompt_ids"] for row in mine]
-    groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
-    completions = [completion for group in groups for completion in group]
     repeated = [row for row in mine for _ in range(G)]
     names = repeated[0]["columns"] if repeated else {}
-    rewards_NF = rewards.score(
-        functions,
-        timeout_s,
-        [row["prompt"] for row in repeated],
-        [completion.text for completion in completions],
-        [completion.ids for completion in completions],
-        {name: [row["columns"][name] for row in repeated] for name in names},
-        step,
-        first * G,
-    ) if repeated else torch.empty(0, len(functions))
+    with together("sampling and scoring", world):
+        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
+        completions = [completion for group in groups for completion in group]
+        rewards_NF = rewards.score(
+            functions,
+            timeout_s,
+            [row["prompt"] for row in repeated],
+            [completion.text for completion in completions],
+            [completion.ids for completion in completions],
+            {name: [row["columns"][name] for row in repeated] for name in names},
+            step,
+            first_index + first * G,
+        ) if repeated else torch.empty(0, len(functions))
     lengths_N = torch.tensor([len(completion.ids) for completion in completions], dtype=torch.int64)
     rewards_N = weighted_rewards(rewards_NF, weights)
     if overlong is not None:
@@ -169,8 +174,8 @@ def with_advantages(rollouts: Rollouts, scale_rewards: str) -> Rollouts:
 
 
 def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollouts:
-    """One Rollouts of the groups [(part, p), ...]: what dynamic sampling keeps of several generations."""
-    picked = {field.name: [] for field in fields(Rollouts)}
+    """One Rollouts of the groups [(part, p), ...], maybe none: what dynamic sampling keeps of several generations."""
+    picked = {field.name: [getattr(parts[0], field.name)[:0]] for field in fields(Rollouts)}
     for part, p in chosen:
         rollouts = parts[part]
         G = rollouts.lengths_PG.shape[1]
@@ -182,3 +187,47 @@ def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollo
             else:
                 values.append(whole[tokens] if name.endswith("_R") else whole[p : p + 1])
     return Rollouts(**{name: torch.cat(values) for name, values in picked.items()})
+
+
+def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
+    """What the completions were like, in TRL's names; rewards that apply to no sample are left out."""
+    lengths, truncated, rewards_PG = rollouts.lengths_PG.double(), rollouts.truncated_PG, rollouts.rewards_PG.double()
+    metrics = {
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": truncated.double().mean(),
+        "frac_reward_zero_std": 1 - has_signal(rollouts.rewards_PG).double().mean(),
+        "frac_reward_none": rewards_PG.isnan().double().mean(),
+    }
+    if not truncated.all():
+        metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
+    if not rewards_PG.isnan().all():
+        metrics["reward"] = rewards_PG.nanmean()
+        metrics["reward_std"] = deviations(rewards_PG).nanmean()
+    for f, (name, _) in enumerate(functions):
+        values = rollouts.rewards_PGF[..., f].double()
+        values = values[~values.isnan()]
+        if len(values):
+            metrics[f"rewards/{name}/mean"] = values.mean()
+            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def completion_rows(rollouts: Rollouts, tokenizer, functions, used: bool = True) -> list[dict]:
+    """What completions.jsonl says of each completion. used: whether the step trains on them."""
+    rows = []
+    for p in range(rollouts.lengths_PG.shape[0]):
+        for g in range(rollouts.lengths_PG.shape[1]):
+            scores = [None if value != value else value for value in rollouts.rewards_PGF[p, g].tolist()]
+            rows.append({
+                "prompt": tokenizer.decode(rollouts.prompt(p), skip_special_tokens=False),
+                "completion": tokenizer.decode(rollouts.completion(p, g), skip_special_tokens=False),
+                "completion_ids": rollouts.completion(p, g),
+                "reward": None if (reward := rollouts.rewards_PG[p, g].item()) != reward else reward,
+                "rewards": dict(zip([name for name, _ in functions], scores)),
+                "advantage": rollouts.advantages_PG[p, g].item() if used else None,
+                "used": used,
+                "finish_reason": "length" if rollouts.truncated_PG[p, g] else "stop",
+            })
+    return rows

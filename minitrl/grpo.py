@@ -39,13 +39,16 @@ LOSS_OPTIONS = (
 ).split()
 
 
+PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
+
+
 @dataclass
 class Config(CommonOptions):
     """Train a language model with GRPO. Names and defaults are those of TRL 1.16 where it has the option."""
 
     reward: tuple[str, ...] = ()  # reward functions, built-in names or file.py:function; several are added up
     reward_weights: tuple[float, ...] = ()  # one weight for each reward; none: 1 each
-    reward_timeout: float = 60.0  # seconds that one reward function may take for a step's completions
+    reward_timeout: float = 60.0  # seconds a reward may take for a step's completions; in a thread: no signal.alarm
     eval_reward: tuple[str, ...] = ()  # rewards of the evaluation; none: those of training
     prompts_per_step: int = 8  # prompts in one generation, over all processes
     num_generations: int = 8  # completions of each prompt: the group whose rewards are compared
@@ -60,7 +63,7 @@ class Config(CommonOptions):
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
-    importance_sampling_level: Literal["token", "sequence"] = "token"  # of the ratio; sequence is GSPO
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # GSPO: sequence, --loss_type grpo
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float | None = None  # and above 1 + epsilon_high; none: epsilon (cispo: above epsilon_high)
     delta: float | None = None  # bound above the ratio where the advantage is negative; none: unbounded
@@ -87,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
     functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward) if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = load(config, functions, eval_functions, world)
+    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
+    policy, tokenizer, rows, eval_rows = load(config, functions, eval_functions, run)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.Optimizer(
         policy,
@@ -101,15 +105,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    step, cursor, rollouts, known = resume(run, total, reference, optimizer)
+    given = inputs(config, policy, rows, eval_rows)
+    step, cursor, rollouts, known = resume(run, total, given, policy, reference, mixture, optimizer)
 
-    with runs.Interrupt() as interrupt:
+    def checkpoint_now() -> None:
+        save(run, step, cursor, rollouts, known, mixture, optimizer)
+
+    with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
         if step == 0 and eval_rows:
             run.log_step(0, evaluate(engine, eval_rows, eval_functions, config, world, 0))
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now
                 with run.timed("rollout"):
-                    rollouts, cursor = generate(engine, rows, cursor, functions, config, run, step)
+                    rollouts, drawn = generate(engine, rows, cursor, functions, config, run, step, left_out := [])
                 known = {}
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
@@ -119,18 +127,24 @@ def main(argv: list[str] | None = None) -> int:
                 factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
                 rate = config.learning_rate * factor
                 metrics |= {"grad_norm": update(optimizer, rate, run, step, rollouts, plan), "learning_rate": rate}
-            step += 1
+            step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
-                mix(reference, policy, config.ref_model_mixup_alpha)
-            if step == total or (config.eval_steps and step % config.eval_steps == 0):
-                with run.timed("evaluation"):
-                    metrics |= evaluate(engine, eval_rows, eval_functions, config, world, step)
-            metrics |= rollout_metrics(rollouts, functions)
-            new_rows = completion_rows(rollouts, tokenizer, functions) if fresh else []
-            run.log_step(step, metrics, new_rows, rollouts.num_tokens)
+                mix(reference, mixture, policy, config.ref_model_mixup_alpha)
+            metrics |= experience.rollout_metrics(rollouts, functions)
+            sampled = [rollouts, *left_out] if fresh else []  # in this step
+            new_rows = [r for x in sampled for r in experience.completion_rows(x, tokenizer, functions, x is rollouts)]
+            if fresh and config.dynamic_sampling:
+                discarded = sum(len(part.lengths_PG) for part in left_out)
+                metrics |= {"sampling/generations": len(left_out), "sampling/groups_discarded": discarded}
+            try:
+                if step == total or (config.eval_steps and step % config.eval_steps == 0):
+                    with run.timed("evaluation"):
+                        metrics |= evaluate(engine, eval_rows, eval_functions, config, world, step)
+            finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
+                run.log_step(step, metrics, new_rows, sum(part.num_tokens for part in sampled or [rollouts]))
             if step % config.save_steps == 0:
-                save(run, step, cursor, rollouts, known, reference, optimizer)
-        save(run, step, cursor, rollouts, known, reference, optimizer)
+                checkpoint_now()
+        checkpoint_now()
     if step < total:
         return interrupt.exit_code
     if world.rank == 0:
@@ -141,13 +155,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load(config: Config, functions, eval_functions, world):
+def load(config: Config, functions, eval_functions, run):
     """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
+    world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
         rows, eval_rows = toy.datasets(config.seed)
     else:
         policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        tokenizer.now = run.began
         rows, eval_rows = [], []
         for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
             if path:
@@ -172,8 +188,20 @@ def load(config: Config, functions, eval_functions, world):
     return policy, tokenizer, rows, eval_rows
 
 
-def generate(engine, rows, cursor: int, functions, config: Config, run, step: int) -> tuple[Rollouts, int]:
+def inputs(config: Config, policy, rows, eval_rows) -> dict[str, str]:
+    """Digests of all that the options only point to: on every rank, and after a resume, it has to be the same."""
+    found = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(eval_rows)}
+    if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
+        found["--model"] = checkpoint.fingerprint(policy)
+    return found | rewards.fingerprints(config.reward + config.eval_reward)
+
+
+def generate(
+    engine, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None
+) -> tuple[Rollouts, int]:
     """Rollouts of the next prompts, with rewards and advantages, and the new cursor: prompts drawn so far.
+
+    `left_out` gets the groups that were sampled and not kept: a Rollouts, perhaps of none, for each generation.
 
     With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by
     those of further prompts, a bounded number of times; what still lacks is filled up with them, so that every step
@@ -199,6 +227,7 @@ def generate(engine, rows, cursor: int, functions, config: Config, run, step: in
             timeout_s=config.reward_timeout,
             sampling=sampling,
             overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
+            first_index=len(parts) * config.prompts_per_step * config.num_generations,
         )
         for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
             (live if signal else flat).append((len(parts), p))
@@ -207,7 +236,18 @@ def generate(engine, rows, cursor: int, functions, config: Config, run, step: in
     if truncated > 0.5:
         limit = f"--max_completion_length {config.max_completion_length}"
         run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into {limit}; raise it")
-    kept = sorted((live + flat)[: config.prompts_per_step])
+    none = all(part.rewards_PG.isnan().all() for part in parts)
+    if run.streak("none", none) == PATIENCE:
+        run.warn_once("none", f"step {step + 1}: no reward applied to any completion, {PATIENCE} generations in a row; "
+                      "look at the reward functions and the columns that they read")
+    if run.streak("flat", not live and not none) == PATIENCE:
+        run.warn_once("flat", f"step {step + 1}: all completions of a prompt got equal rewards, of every prompt, "
+                      f"{PATIENCE} generations in a row; nothing is learnt from that: look at completions.jsonl, and "
+                      "at the reward, the prompts' difficulty, --temperature and --num_generations")
+    kept, others = sorted((live + flat)[: config.prompts_per_step]), (live + flat)[config.prompts_per_step :]
+    if left_out is not None:
+        left_out += [experience.select_groups([part], [(0, p) for n, p in others if n == number])
+                     for number, part in enumerate(parts)]  # fmt: skip
     return experience.with_advantages(experience.select_groups(parts, kept), config.scale_rewards), cursor
 
 
@@ -350,49 +390,6 @@ def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config
     return metrics
 
 
-def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
-    """What the completions were like, in TRL's names; rewards that apply to no sample are left out."""
-    lengths, truncated, rewards_PG = rollouts.lengths_PG.double(), rollouts.truncated_PG, rollouts.rewards_PG.double()
-    metrics = {
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": truncated.double().mean(),
-        "frac_reward_zero_std": 1 - experience.has_signal(rollouts.rewards_PG).double().mean(),
-        "frac_reward_none": rewards_PG.isnan().double().mean(),
-    }
-    if not truncated.all():
-        metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
-    if not rewards_PG.isnan().all():
-        metrics["reward"] = rewards_PG.nanmean()
-        metrics["reward_std"] = experience.deviations(rewards_PG).nanmean()
-    for f, (name, _) in enumerate(functions):
-        values = rollouts.rewards_PGF[..., f].double()
-        values = values[~values.isnan()]
-        if len(values):
-            metrics[f"rewards/{name}/mean"] = values.mean()
-            metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def completion_rows(rollouts: Rollouts, tokenizer, functions) -> list[dict]:
-    """What completions.jsonl says of each completion."""
-    rows = []
-    for p in range(rollouts.lengths_PG.shape[0]):
-        for g in range(rollouts.lengths_PG.shape[1]):
-            scores = [None if value != value else value for value in rollouts.rewards_PGF[p, g].tolist()]
-            rows.append({
-                "prompt": tokenizer.decode(rollouts.prompt(p), skip_special_tokens=False),
-                "completion": tokenizer.decode(rollouts.completion(p, g), skip_special_tokens=False),
-                "completion_ids": rollouts.completion(p, g),
-                "reward": None if (reward := rollouts.rewards_PG[p, g].item()) != reward else reward,
-                "rewards": dict(zip([name for name, _ in functions], scores)),
-                "advantage": rollouts.advantages_PG[p, g].item(),
-                "finish_reason": "length" if rollouts.truncated_PG[p, g] else "stop",
-            })
-    return rows
-
-
 def evaluate(engine, rows, functions, config: Config, world, step: int) -> dict[str, float]:
     """Greedy completions of held-out prompts. eval/accuracy is the share whose first reward is at least 1."""
     if not rows:
@@ -411,37 +408,42 @@ def evaluate(engine, rows, functions, config: Config, world, step: int) -> dict[
     )
     names = ["reward", "completions/mean_length", "completions/clipped_ratio"]
     names += [f"rewards/{name}/mean" for name, _ in functions]
-    metrics = {f"eval/{name}": value for name, value in rollout_metrics(rollouts, functions).items() if name in names}
+    found = experience.rollout_metrics(rollouts, functions)
+    metrics = {f"eval/{name}": value for name, value in found.items() if name in names}
     return metrics | {"eval/accuracy": (rollouts.rewards_PGF[:, 0, 0] >= 1).double().mean().item()}
 
 
 @torch.no_grad()
-def mix(reference, policy, alpha: float) -> None:
-    """reference = alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656; TRL: SyncRefModelCallback)."""
-    for ours, theirs in zip(reference.parameters(), policy.parameters()):
-        ours.lerp_(theirs, alpha)
+def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
+    """reference = alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656; TRL: SyncRefModelCallback).
+
+    The float32 `mixture` adds up what a bfloat16 reference would round away, all of it at a small alpha.
+    """
+    theirs = dict(policy.named_parameters())
+    for name, ours in reference.named_parameters():
+        ours.copy_(mixture[name].lerp_(theirs[name].to(mixture[name].dtype), alpha))
 
 
-def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tensor], reference, optimizer) -> None:
+def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tensor], mixture: dict, optimizer) -> None:
     """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, unused rollouts."""
     tensors = {"optimizer": optimizer.state_tensors()}
     if step % run.config.num_iterations:
         tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
         tensors["known"] = known
-    if run.config.sync_ref_model:
-        tensors["reference"] = dict(reference.named_parameters())
+    if mixture:
+        tensors["reference"] = mixture
     run.save(step, tensors, {"cursor": cursor})
 
 
-def resume(run, total: int, reference, optimizer) -> tuple[int, int, Rollouts | None, dict[str, Tensor]]:
+@torch.no_grad()
+def resume(run, total: int, given: dict, policy, reference, mixture: dict, optimizer):
     """(steps done, cursor, rollouts in use, their known log-probs): of the newest whole checkpoint, or of none."""
-    loaded = run.load(total)
-    if loaded is None:
-        return 0, 0, None, {}
-    step, tensors, state = loaded
-    optimizer.load_state_tensors(tensors["optimizer"])
-    for name, parameter in (dict(reference.named_parameters()) if "reference" in tensors else {}).items():
-        parameter.data.copy_(tensors["reference"][name])
+    step, tensors, state = run.load(total, given) or (0, {}, {"cursor": 0})
+    if step:
+        optimizer.load_state_tensors(tensors["optimizer"])
+    for name, parameter in (reference.named_parameters() if mixture and step else ()):
+        parameter.copy_(mixture[name].copy_(tensors["reference"][name]))
+    run.begin(checkpoint.fingerprint(policy))
     rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
     return step, state["cursor"], rollouts, tensors.get("known", {})
 
@@ -457,11 +459,14 @@ def check(config: Config) -> None:
     must(config.num_generations >= 2, "num_generations", "at least 2, since completions of a group are compared")
     must(config.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
     Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty)  # checks its own
-    must(config.reward_timeout > 0, "reward_timeout", "above 0 seconds")
+    must(0 < config.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")
-    must(config.delta is None or config.delta > 1 + config.epsilon, "delta", "above 1 + epsilon")
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    above = f"above 1 + epsilon_high = {1 + high}, or it would bound the ratio where the advantage is positive too"
+    must(config.delta is None or config.loss_type != "cispo", "delta", "left out with cispo, which has no such bound")
+    must(config.delta is None or config.delta > 1 + high, "delta", above)
     must(config.beta >= 0, "beta", "at least 0")
     must(0 < config.top_entropy_quantile <= 1, "top_entropy_quantile", "above 0 and at most 1")
     must(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "from 0 to 1")
@@ -480,6 +485,10 @@ def check(config: Config) -> None:
     for given, other in (("model", "dataset"), ("dataset", "model")):
         both = getattr(config, given) is None or getattr(config, other) is not None
         must(both, given, f"given together with --{other}; without both, the embedded default runs")
+    if config.model is None:
+        must(config.eval_dataset is None, "eval_dataset", "left out without --model: the embedded default has its own")
+        must(config.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+        must(config.max_prompt_length == 512, "max_prompt_length", "left out without --model: its prompts are short")
     evaluates = config.model is None or config.eval_dataset is not None
     must(evaluates or not config.eval_steps, "eval_steps", "given with --eval_dataset")
 

@@ -79,9 +79,10 @@ class ModelConfig:
         required = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         ).split()
-        missing = [key for key in required if not isinstance(source.get(key), int)]
-        if missing:
-            raise ValueError(f"config.json: {', '.join(missing)} must be given as integers")
+        counts = (*required, *(key for key in ("num_key_value_heads", "head_dim") if source.get(key) is not None))
+        wrong = [key for key in counts if type(source.get(key)) is not int or source[key] < 1]  # True is an int too
+        if wrong:
+            raise ValueError(f"config.json: {', '.join(wrong)} must be given as integers of at least 1")
         if source.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act {source['hidden_act']!r} is not supported, only 'silu'")
         heads, layers = source["num_attention_heads"], source["num_hidden_layers"]
@@ -112,9 +113,12 @@ class ModelConfig:
 
 def _rope_parameters(source: dict) -> dict:
     """RoPE's parameters in transformers 5's spelling, `rope_type` and `rope_theta` always present."""
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: RoPE's parameters must be an object, not {type(rope).__name__}")
+    rope = dict(rope)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta") or source.get("rope_theta") or 10000.0)
+    rope["rope_theta"] = rope.get("rope_theta") or source.get("rope_theta") or 10000.0
     if rope["rope_type"] not in ROPE_TYPES:
         # dynamic and longrope change the angles with the length: keys in a cache would not be those of the full forward
         known = ", ".join(ROPE_TYPES)
@@ -125,6 +129,13 @@ def _rope_parameters(source: dict) -> dict:
         rope.setdefault("original_max_position_embeddings", source["max_position_embeddings"])
         if "original_max_position_embeddings" in source:  # beside the parameters, as some checkpoints have it, it wins
             rope["original_max_position_embeddings"] = source["original_max_position_embeddings"]
+    needed = {"linear": "factor", "llama3": "factor low_freq_factor high_freq_factor"}.get(rope["rope_type"], "")
+    optional = "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale mscale_all_dim"
+    for key in ("rope_theta", *needed.split(), *filter(rope.get, optional.split())):
+        value = rope.get(key)
+        if type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} needs a positive {key}, not {value!r}")
+    rope["rope_theta"] = float(rope["rope_theta"])
     return rope
 
 
@@ -137,6 +148,8 @@ def _windows(source: dict, model_type: str, layers: int) -> tuple[int | None, ..
     window, first = source.get("sliding_window", 4096), source.get("max_window_layers", 28)
     sliding = [i >= first for i in range(layers)]
     if source.get("layer_types"):
+        if len(source["layer_types"]) != layers:
+            raise ValueError(f"config.json: layer_types has {len(source['layer_types'])} entries for {layers} layers")
         sliding = [kind == "sliding_attention" for kind in source["layer_types"]]
     return tuple(window if slides else None for slides in sliding)
 

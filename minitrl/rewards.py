@@ -4,11 +4,13 @@
 
 Lists of N, one entry a sample. Prompts and completions are texts; where the prompt is a conversation, its completion is
 [{"role": "assistant", "content": text}], as in TRL. The columns of the data set come by name, and `step` and
-`first_index` (the place of the first of these samples in the whole step, over all ranks). A function takes those it
-names; with **columns it takes them all. None means that it does not apply to a sample. It may be `async`.
+`first_index` (the place of the first of these samples among all that the step samples, on every rank). A function takes
+those it names; with **columns it takes them all. None means that it does not apply to a sample. It may be `async`, and
+runs in a thread.
 """
 
 import asyncio
+import copy
 import difflib
 import faulthandler
 import hashlib
@@ -31,6 +33,10 @@ from torch import Tensor
 Reward = Callable[..., Any]
 GIVEN = ("prompts", "completions", "completion_ids", "step", "first_index")  # what every reward function may ask for
 
+ALARM = (
+    "; rewards run in a thread, where signal.alarm cannot be had: limit the time with --reward_timeout, or run what "
+    "may hang in a subprocess with a timeout"
+)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # A minus is a sign only where no operand stands before it: the last number of "7-3" is 3. Digits come in groups of
@@ -79,36 +85,46 @@ def overlong_penalty(lengths: Tensor, max_completion_length: int, cache: int) ->
     return ((max_completion_length - cache - lengths.float()) / cache).clamp(-1, 0)
 
 
-def load_rewards(names: Iterable[str]) -> list[tuple[str, Reward]]:
+def load_rewards(names: Iterable[str], option: str = "--reward") -> list[tuple[str, Reward]]:
     """(name, function) for each of `names`: a built-in's name, or `file.py:function`, known by the function's name.
 
-    Runs the file, once. ValueError names what is missing, and the nearest name there is.
+    Runs the file, once. ValueError names the option, what is missing, and the nearest name there is.
     """
     loaded: dict[str, Reward] = {}
     for spec in names:
         file, colon, attribute = spec.rpartition(":")
         name = attribute
-        function = _from_file(spec, Path(file), attribute) if colon else BUILT_IN.get(spec)
+        function = _from_file(f"{option} {spec}", Path(file), attribute) if colon else BUILT_IN.get(spec)
         if function is None:
             near = difflib.get_close_matches(spec, BUILT_IN, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--reward {spec}: neither file.py:function nor one of {', '.join(BUILT_IN)}{hint}")
+            raise ValueError(f"{option} {spec}: neither file.py:function nor one of {', '.join(BUILT_IN)}{hint}")
         if name in loaded:
-            raise ValueError(f"--reward {spec}: there is a reward {name!r} already, and metrics go by name; rename one")
+            raise ValueError(f"{option} {spec}: there is a reward {name!r} already, and metrics go by name; rename one")
         loaded[name] = function
     if not loaded:
-        raise ValueError("--reward is empty; name a built-in or file.py:function")
+        raise ValueError(f"{option} is empty; name a built-in or file.py:function")
     return list(loaded.items())
 
 
+def fingerprints(names: Iterable[str]) -> dict[str, str]:
+    """{"--reward file.py": digest} of the files among `names`."""
+    files = dict.fromkeys(spec.rpartition(":")[0] for spec in names if ":" in spec)
+    return {f"--reward {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+
+
 def check_columns(functions: list[tuple[str, Reward]], columns: Iterable[str]) -> None:
-    """ValueError if a function asks for what neither the data set nor minitrl has. Call it before the first step."""
+    """ValueError if a function cannot be called with what minitrl and the data set have; before the first step."""
     columns = list(columns)
     for name, function in functions:
-        _, missing = _accepted(function, {*GIVEN, *columns})
+        accepted, missing = _accepted(function, {*GIVEN, *columns})
         if missing:
             there = ", ".join(columns) or "none"
             raise ValueError(f"reward {name!r} asks for {', '.join(missing)}, but the data set's columns are {there}")
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(accepted))
+        except TypeError as error:
+            raise ValueError(f"reward {name!r} gets its arguments by name, and cannot be called so: {error}") from None
 
 
 def score(
@@ -137,46 +153,47 @@ def score(
     scores_NF = torch.empty(N, len(functions))
     for f, (name, function) in enumerate(functions):
         accepted, _ = _accepted(function, {*given, *GIVEN})
-        # Each function gets lists of its own: one that sorts or pops must not disturb the next.
-        arguments = {key: list(values) for key, values in given.items() if key in accepted}
+        # Each function gets values of its own, and each sample: one that sorts or pops must not disturb the next, nor
+        # the data set, whose row all completions of a prompt share.
+        arguments = {key: [copy.deepcopy(v) for v in values] for key, values in given.items() if key in accepted}
         arguments |= {key: value for key, value in (("step", step), ("first_index", first_index)) if key in accepted}
         scores_NF[:, f] = _checked(name, _call(name, function, arguments, timeout_s), N)
     return scores_NF
 
 
-def _from_file(spec: str, file: Path, attribute: str) -> Reward:
+def _from_file(what: str, file: Path, attribute: str) -> Reward:
     if not file.is_file():
-        raise ValueError(f"--reward {spec}: no such file: {file}")
+        raise ValueError(f"{what}: no such file: {file}")
     module_name = f"reward file {file.resolve()}"  # no import statement can reach or shadow such a name
     if module_name not in sys.modules:
         spec_of_module = importlib.util.spec_from_file_location(module_name, file)
         if spec_of_module is None:
-            raise ValueError(f"--reward {spec}: {file} is not a .py file")
+            raise ValueError(f"{what}: {file} is not a .py file")
         module = importlib.util.module_from_spec(spec_of_module)
         sys.modules[module_name] = module  # dataclasses and typing look their module up by name
         try:
             spec_of_module.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ValueError(f"--reward {spec}: {file} cannot be imported: {_where(error)}") from error
+            raise ValueError(f"{what}: {file} cannot be imported: {_where(error)}") from error
     module = sys.modules[module_name]
     function = getattr(module, attribute, None)
     if not callable(function):
         here = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         near = difflib.get_close_matches(attribute, here, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--reward {spec}: {file} has no function {attribute!r}{hint}")
+        raise ValueError(f"{what}: {file} has no function {attribute!r}{hint}")
     return function
 
 
 def _accepted(function: Reward, available: set[str]) -> tuple[set[str], list[str]]:
     """Of the names in `available`, those the function takes; and the names it insists on that are not there."""
     parameters = inspect.signature(function).parameters.values()
+    fixed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         accepted = set(available)
     else:
-        accepted = available & {p.name for p in parameters}
-    fixed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        accepted = available & {p.name for p in parameters if p.kind in fixed}
     missing = [p.name for p in parameters if p.kind in fixed and p.default is p.empty and p.name not in available]
     return accepted, missing
 
@@ -203,9 +220,10 @@ def _call(name: str, function: Reward, arguments: dict[str, Any], timeout_s: flo
     finally:
         faulthandler.cancel_dump_traceback_later()
     if thread.is_alive():
-        raise TimeoutError(f"reward {name!r} did not return within {timeout_s} s (--reward-timeout)")
+        raise TimeoutError(f"reward {name!r} did not return within {timeout_s} s (--reward_timeout)")
     if "error" in result:
-        raise ValueError(f"reward {name!r} raised {_where(result['error'])}") from result["error"]
+        hint = ALARM if "signal only works in main thread" in str(result["error"]) else ""
+        raise ValueError(f"reward {name!r} raised {_where(result['error'])}{hint}") from result["error"]
     return result["value"]
 
 

@@ -1,4 +1,4 @@
-"""A run around its training: the output folder and its files, what the console shows, Ctrl-C, seconds and memory.
+"""A run around its training: the output folder and its files, Ctrl-C, seconds and memory.
 
     output_dir/config.json         every option, resolved; --config takes it back
     output_dir/metrics.jsonl       one object a step, full precision
@@ -15,18 +15,20 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
-import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from . import checkpoint
-from .distributed import barrier, print0, stop
+from .console import Progress, table
+from .distributed import barrier, gather_json, print0, stop
 
 # What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
 # schedule from there on, and is meant to: one asks for more.)
@@ -34,6 +36,9 @@ MAY_CHANGE = (
     "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
     "num_completions_to_print report_to plot eval_steps save_steps save_total_limit"
 ).split()
+
+# What the processes of one run may call by different names: there, it is the contents that have to be the same.
+PLACES = ("model", "dataset", "eval_dataset", "output_dir", "plot")
 
 
 class RunFolder:
@@ -84,7 +89,7 @@ class RunFolder:
     def begin(self, config: dict, step: int | None, report_to: str = "none") -> None:
         """Write config.json and open the row files, cut to the rows of at most `step`; to none where it is None."""
         with _writing(self.path / "config.json"):
-            _publish(self.path / "config.json", [json.dumps(config, indent=2, ensure_ascii=False) + "\n"])
+            _publish(self.path / "config.json", [json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"])
         for name in ("metrics", "completions"):
             path = self.path / f"{name}.jsonl"
             with _writing(path):
@@ -153,8 +158,7 @@ def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/
     from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
-    text = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    rows = [json.loads(line) for line in _whole_lines(Path(output_dir) / "metrics.jsonl")]
     for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
@@ -165,29 +169,40 @@ def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/
         figure.savefig(image)
 
 
-def _rows_until(path: Path, step: int) -> list[str]:
-    """The lines of the rows of at most `step`. The last line may be torn by a kill; any other must be whole."""
-    kept = []
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")  # not splitlines: JSON strings may hold U+2028
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or torn
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """A row file's lines, one at a time; not the last one where a kill has torn it, maybe amid a character's bytes."""
+    with open(path, "rb") as file:  # bytes end at \n alone: text would end at U+2028 too, which JSON strings may hold
+        yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _rows_until(path: Path, step: int) -> Iterator[bytes]:
+    """The lines of the rows of at most `step`; each must be a row."""
+    for number, line in enumerate(_whole_lines(path), 1):
         try:
             row_step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}:{number}: not a row of this run; mend or remove the file") from None
         if row_step <= step:
-            kept.append(line + "\n")
-    return kept
+            yield line
 
 
-def _publish(path: Path, parts: list[str]) -> None:
+def _publish(path: Path, parts: Iterable[bytes]) -> None:
     """Replace a file in one go: there is the old one or the new one, never half of either."""
     fresh = path.with_name(path.name + ".new")
-    with open(fresh, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open(fresh, "wb") as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def _check_writable(path: Path) -> None:
+    """OSError where the file cannot be written. Leaves nothing behind."""
+    with _writing(path):
+        there = path.exists()
+        open(path, "ab").close()
+        if not there:
+            path.unlink()
 
 
 @contextmanager
@@ -219,84 +234,6 @@ def _tensorboard(path: Path, purge_step: int):
     except ImportError:
         raise ValueError("--report_to tensorboard: not installed; pip install tensorboard") from None
     return SummaryWriter(str(path), purge_step=purge_step)
-
-
-class Progress:
-    """The progress line: every `every` steps, and after the last, the means since the line before.
-
-    `pace` starts when this object is made, so a resumed run's estimate speaks of what is left to it.
-    """
-
-    def __init__(self, total_steps: int, every: int, step: int = 0):
-        self.total_steps, self.every, self.step = total_steps, every, step
-        self._began_step, self._began, self._rows = step, time.monotonic(), []
-
-    def line(self, row: dict) -> str | None:
-        """Take one step's metrics; returns the line when one is due."""
-        self.step = row["step"]
-        self._rows.append(row)
-        if self.step % self.every and self.step < self.total_steps:
-            return None
-        seconds = time.monotonic() - self._began
-        left = seconds / max(1, self.step - self._began_step) * (self.total_steps - self.step)
-        parts = [f"step {self.step}/{self.total_steps}"]
-        for name, label, form in (("reward", "reward", ".3f"), ("loss", "loss", ".4f"), ("kl", "kl", ".4f")):
-            if (mean := self._mean(name)) is not None:
-                parts.append(f"{label} {mean:{form}}")
-        if row.get("learning_rate") is not None:
-            parts.append(f"lr {row['learning_rate']:.2e}")
-        if (rate := self._mean("tokens_per_second")) is not None:
-            parts.append(f"{rate:,.0f} tokens/s")
-        parts += [f"{_clock(seconds)} gone", f"{_clock(left)} left"]
-        self._rows = []
-        return "  ".join(parts)
-
-    def _mean(self, name: str) -> float | None:
-        values = [row[name] for row in self._rows if row.get(name) is not None and math.isfinite(row[name])]
-        return sum(values) / len(values) if values else None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def table(prompts: list[str], completions: list[str], rewards: list[float | None], width: int | None = None) -> str:
-    """Prompts, completions and rewards as plain text, one row each, no wider than the terminal.
-
-    A prompt keeps its end, where the question is; a completion its beginning. Control characters, which could clear or
-    repaint the terminal, are shown as escapes.
-    """
-    width = width or shutil.get_terminal_size((100, 24)).columns
-    first = max(8, (width - 12) // 2)
-    second = max(8, width - 12 - first)
-    lines = [f"{'reward':>8}  {'prompt':<{first}}  completion"]
-    for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
-        left = _fit(_escape(prompt)[::-1], first)[::-1]
-        earned = "none" if reward is None else f"{reward:.3f}"
-        lines.append(f"{earned:>8}  {left}{' ' * (first - _columns(left))}  {_fit(_escape(completion), second)}")
-    return "\n".join(lines)
-
-
-def _escape(text: str) -> str:
-    """Newlines, escape sequences, direction marks and the like as \\n, \\x1b, \\u202e."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _columns(text: str) -> int:
-    """Columns on the terminal: Chinese characters and emoji take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _fit(text: str, width: int) -> str:
-    """As much of the text's beginning as fits into `width` columns, with … where it was cut."""
-    if _columns(text) <= width:
-        return text
-    end = 0
-    while _columns(text[: end + 1]) < width:
-        end += 1
-    return text[:end] + "…"
 
 
 class Interrupt:
@@ -375,35 +312,73 @@ class Run:
     """A script's run: its folder, console, clock and checkpoints, of which rank 0 writes and all ranks read.
 
     run = Run(config, world)            before anything is loaded: a folder in use, or a changed option, is said at once
-    loaded = run.load(total_steps)
-    and in each step: with run.timed(phase), run.log_step(...), run.save(...)
+    loaded = run.load(total_steps, inputs)
+    run.begin(weights)
+    and in each step, within run.rescued(...): with run.timed(phase), run.log_step(...), run.save(...)
     """
 
     def __init__(self, config, world):
         self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
-        if self.folder and config.resume:
-            check_resume(self.folder.saved_config(), dataclasses.asdict(config))
+        if self.folder:  # what would fail at the very end is better said now
+            checkpoint.refuse_strangers(f"{config.output_dir}/final")
+            if config.plot:
+                _check_writable(Path(config.plot))
+            if config.resume:
+                check_resume(self.folder.saved_config(), dataclasses.asdict(config))
         self.timed = Seconds(world.device)
-        self.num_tokens, self.saved_step, self._rows, self._warned = 0, 0, [], set()
-        barrier(world, "while rank 0 opens --output_dir")
+        self.num_tokens, self.logged_step, self.saved_step, self.failed = 0, 0, 0, False
+        self._rows, self._warned, self._streaks = [], set(), Counter()
+        self._loaded = checkpoint.load_state(config.output_dir) if config.resume else None
+        for note in self._loaded[3] if self._loaded else ():
+            print0(world, f"--resume: {note}")
+        # What a chat template takes for now: the same on all ranks and, since it may stand in prompts, after a resume.
+        began = gather_json(datetime.now().isoformat(timespec="seconds"), world)[0]
+        self.began = datetime.fromisoformat(self._loaded[2].get("began", began) if self._loaded else began)
 
-    def load(self, total_steps: int) -> tuple[int, dict, dict] | None:
-        """Open the files; with --resume, (step, tensors, state) of the newest whole checkpoint, where there is one."""
-        loaded, step = None, None
-        if self.config.resume:
-            if loaded := checkpoint.load_state(self.config.output_dir):
-                step, tensors, state, notes = loaded
-                self.num_tokens, self.saved_step, loaded = state["num_tokens"], step, (step, tensors, state)
-                for note in notes:
-                    print0(self.world, f"--resume: {note}")
-            where = f"going on after step {step}" if loaded else "no checkpoint yet, starting over"
-            print0(self.world, f"--resume: {where}")
+    def load(self, total_steps: int, inputs: dict[str, str]) -> tuple[int, dict, dict] | None:
+        """With --resume, (step, tensors, state) of the newest whole checkpoint, where there is one.
+
+        inputs: a digest of each thing that is trained on or with, by its name in an error. They must be those of the
+        checkpoint; of a reward's file a change is only said, for a reward that failed has to be mended.
+        """
+        self.total_steps, self._inputs = total_steps, inputs
+        if self._loaded is None:
+            if self.config.resume:
+                print0(self.world, "--resume: no checkpoint yet, starting over")
+            return None
+        step, tensors, state, _ = self._loaded
+        if step > total_steps:
+            raise ValueError(f"--resume: the checkpoint is of step {step}, but --max_steps or --num_train_epochs ask "
+                             f"for {total_steps} steps in all; ask for at least {step}")
+        changed = [name for name, digest in inputs.items() if state.get("inputs", {}).get(name, digest) != digest]
+        for name in [name for name in changed if name.startswith("--reward")]:
+            changed.remove(name)
+            print0(self.world, f"--resume: {name} was changed since step {step}; it is used as it is now")
+        if changed:
+            raise ValueError(f"--resume: changed since the run began: what is in {', '.join(changed)}. Put the old "
+                             "contents back, or start a new run in another --output_dir")
+        self.num_tokens, self.logged_step, self.saved_step, self._loaded = state["num_tokens"], step, step, None
+        print0(self.world, f"--resume: going on after step {step}")
+        return step, tensors, state
+
+    def begin(self, weights: str) -> None:
+        """Open the files, once all ranks are found to be one run. `weights`: a digest of the model as it is now."""
+        step, options = self.saved_step or None, dataclasses.asdict(self.config)
+        mine = {f"--{name}": value for name, value in options.items() if name not in PLACES}
+        mine |= self._inputs | {"the newest checkpoint's step": step, "a digest of the weights": weights}
+        everyone = gather_json(mine, self.world)
+        differing = [
+            f"{name} is {everyone[0].get(name)} on rank 0 and {other.get(name)} on rank {rank}"
+            for rank, other in enumerate(everyone) for name in other if other[name] != everyone[0].get(name)
+        ]  # fmt: skip
+        if differing:
+            raise ValueError(f"the processes are not of one run: {'; '.join(differing[:5])}. Start all with the same "
+                             "options and files, and with an --output_dir that all machines share")
         if self.folder:
-            self.folder.begin(dataclasses.asdict(self.config), step, self.config.report_to)
-        self.total_steps, self.progress = total_steps, Progress(total_steps, self.config.logging_steps, step or 0)
+            self.folder.begin(options, step, self.config.report_to)
+        self.progress = Progress(self.total_steps, self.config.logging_steps, self.saved_step)
         barrier(self.world, "while rank 0 opens its files")
-        return loaded
 
     def log_step(self, step: int, metrics: dict, rows: list[dict] = (), tokens: int = 0) -> None:
         """One step's metrics, its completions where they are new, and the tokens of all that it was trained on."""
@@ -418,6 +393,7 @@ class Run:
             return
         self.folder.append_completions([{"step": step} | row for row in rows])
         self.folder.append_metrics(metrics)
+        self.logged_step = step
         line = self.progress.line(metrics) if step else None
         if line:
             print(line, flush=True)
@@ -435,13 +411,39 @@ class Run:
             return
         self.saved_step = step
         if self.folder:
-            state = state | {"num_tokens": self.num_tokens}
+            began = self.began.isoformat(timespec="seconds")
+            state = state | {"num_tokens": self.num_tokens, "began": began, "inputs": self._inputs}
             checkpoint.save_state(self.config.output_dir, step, tensors, state, self.config.save_total_limit)
-        barrier(self.world, "while rank 0 writes a checkpoint")
+        if not self.failed:
+            barrier(self.world, "while rank 0 writes a checkpoint")
+
+    @contextmanager
+    def rescued(self, finished: Callable[[], int | None], save: Callable[[], None]):
+        """An error inside costs no finished step: it is saved first, where `finished()` is the step last logged.
+
+        Rank 0 saves alone and waits for nobody, since the others may be gone. finished: the number of steps done, or
+        None where the weights are not whole.
+        """
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            if self.folder and finished() == self.logged_step > self.saved_step:
+                try:
+                    save()
+                    print0(self.world, f"step {self.logged_step} is saved; --resume goes on from there")
+                except Exception as error:  # the first one is what the user has to see
+                    print0(self.world, f"step {self.logged_step} could not be saved: {error}")
+            raise
 
     def dump(self, name: str, value) -> None:
         """Write a JSON file for a post-mortem, on whichever rank found the trouble."""
-        _publish(Path(self.config.output_dir) / name, [json.dumps(value)])
+        _publish(Path(self.config.output_dir) / name, [json.dumps(value).encode()])
+
+    def streak(self, name: str, holds: bool) -> int:
+        """How many calls in a row, this one counted, `holds` was true."""
+        self._streaks[name] = self._streaks[name] + 1 if holds else 0
+        return self._streaks[name]
 
     def warn_once(self, name: str, text: str) -> None:
         """Print a warning the first time that it has cause."""
@@ -457,5 +459,7 @@ def command(main) -> None:
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:  # before or after the loop, in which Interrupt takes it
+        sys.exit(128 + signal.SIGINT)
     finally:
         stop()  # a process that exits within a group whose connections broke is now and then aborted by gloo's threads

@@ -13,6 +13,7 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
 import json
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_TEMPLATE_STEPS = 100_000
 MAX_TEMPLATE_CHARACTERS = 10_000_000
 MAX_TEMPLATE_INTEGER_BITS = 4096
 MAX_TEMPLATE_MEMORY = 2**30  # bytes
+MAX_TEMPLATE_SECONDS = 5.0  # of this thread on the processor, so that a machine that is busy or asleep costs nothing
 
 # The tokens that Hugging Face hands to a template as variables, under these names.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -57,6 +59,7 @@ class Tokenizer:
         self.config = dict(config or {})
         self.generation_config = dict(generation_config or {})
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.now: datetime | None = None  # what a template's strftime_now formats; None: the time of each rendering
         self._template = None  # compiled at first use
 
     @classmethod
@@ -143,7 +146,9 @@ class Tokenizer:
         # As transformers does: a key whose value is None counts as absent
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return self._template.render(messages=messages, tools=None, documents=None,
-                                     add_generation_prompt=add_generation_prompt, **self.special_tokens)
+                                     add_generation_prompt=add_generation_prompt,
+                                     strftime_now=lambda form: (self.now or datetime.now()).strftime(form),
+                                     **self.special_tokens)
 
 
 
@@ -177,7 +182,11 @@ def _content(token) -> str:
 
 def _check_added_tokens(backend: tokenizers.Tokenizer, config: dict, folder: Path) -> None:
     """Refuse a tokenizer_config.json that gives a token another id than tokenizer.json does, or one it lacks."""
-    for token_id, token in config.get("added_tokens_decoder", {}).items():
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be an object, from ids to "
+                         f"tokens, not {type(added).__name__}")
+    for token_id, token in added.items():
         found = backend.token_to_id(_content(token))
         if str(found) != token_id:
             raise ValueError(f"{folder / 'tokenizer_config.json'}: added token {_content(token)!r} has id {token_id}, "
@@ -199,6 +208,9 @@ def _end_ids(backend, special_tokens: dict, folder: Path, generation_config: dic
         for token_id in named:
             if type(token_id) is not int or token_id < 0:
                 raise ValueError(f"{folder / name}: eos_token_id {token_id!r} is not a token id")
+            if token_id >= 2**32 or backend.id_to_token(token_id) is None:
+                raise ValueError(f"{folder / name}: eos_token_id {token_id} is not in tokenizer.json, so nothing would "
+                                 "ever end with it")
         ids += named
     return ids
 
@@ -236,7 +248,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """jinja2's immutable sandbox (no underscore attributes, no mutation of what it is given) with bounds on work.
 
     The sandbox itself limits one range() to 100,000 but not two nested ones, so a step is counted at every turn of
-    a loop and every macro call. Numbers are kept short because 10**10**10 takes no step and no memory for hours.
+    a loop and every macro call. Numbers are kept short because 10**10**10 takes no step and no memory for hours. What a
+    step may take is bounded by memory, and so is its time: the deadline, looked at in each step, bounds all of them.
     """
 
     intercepted_binops = frozenset(["*", "**"])
@@ -247,15 +260,21 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_as_it_is,
                          extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _tojson
-        self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        self.steps = 0
+        self.globals.update(raise_exception=_raise_exception)
+        self.steps, self.deadline = 0, 0.0
 
     def count_step(self) -> None:
         self.steps += 1
         if self.steps > MAX_TEMPLATE_STEPS:
             raise jinja2.exceptions.SecurityError(f"more than {MAX_TEMPLATE_STEPS:,} loop steps")
+        self.check_time()
+
+    def check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise jinja2.exceptions.SecurityError(f"more than {MAX_TEMPLATE_SECONDS} seconds")
 
     def call_binop(self, context, operator, left, right):
+        self.check_time()
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_TEMPLATE_INTEGER_BITS:
@@ -305,7 +324,7 @@ class _Template:
     def render(self, **variables) -> str:
         pieces, length = [], 0
         with self.lock:
-            self.sandbox.steps = 0
+            self.sandbox.steps, self.sandbox.deadline = 0, time.thread_time() + MAX_TEMPLATE_SECONDS
             try:
                 with _limited_memory():
                     for piece in self.template.generate(**variables):
@@ -331,7 +350,3 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 def _raise_exception(message: str):
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

@@ -46,6 +46,7 @@ class Optimizer:
         max_grad_norm: float = 1.0,
     ):
         self.world, self.max_grad_norm = world, max_grad_norm
+        self.whole = True  # whether all weights are of one and the same step: not if an error came amid an update
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters, self._grads, hooks = {}, {}, []
         for name, p in self.parameters.items():
@@ -83,9 +84,11 @@ class Optimizer:
             group["lr"] = lr
         for master, grad in zip(self.masters.values(), grads):
             master.grad = grad
+        self.whole = False
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self._round_masters()
+        self.whole = True
         return norm.item()
 
     def zero_grad(self) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_tokenizer
 
 import minitrl
+from minitrl import checkpoint
 from minitrl.model import Model, ModelConfig, hf_tensors
 from minitrl.tokenizer import Tokenizer, read_json
 
@@ -431,3 +432,36 @@ def test_what_is_neither_folder_nor_hub_id(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # an attempt to download would be an ImportError
     with pytest.raises(ValueError, match="--model .*: no such folder, and not a Hub id"):
         minitrl.load(name)
+
+
+QWEN2 = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(rope_parameters=dict(rope_type="linear")), "'linear' needs a positive factor, not None"),
+        (dict(rope_scaling=dict(type="linear", factor=0)), "'linear' needs a positive factor, not 0"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, high_freq_factor=4.0)), "'llama3' .* low_freq_factor"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor="4")), "'yarn' needs a positive factor, not '4'"),
+        (dict(rope_scaling=[2.0]), "must be an object, not list"),
+        (dict(rope_theta="many"), "a positive rope_theta, not 'many'"),
+        (dict(num_attention_heads=0), "num_attention_heads must be given as integers of at least 1"),
+        (dict(num_hidden_layers=True), "num_hidden_layers must be given"),
+        (dict(num_key_value_heads="2"), "num_key_value_heads must be given"),
+        (dict(QWEN2, use_sliding_window=True, layer_types=["full_attention"]), "layer_types has 1"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_config_are_named(wrong, words):
+    with pytest.raises(ValueError, match=f"config.json: .*{words}"):
+        ModelConfig.from_hf(CONFIG | wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_fingerprint_tells_weights_and_descriptions_apart(dtype):
+    (model, _), (same, _), (other, _) = tiny(), tiny(), tiny(rms_norm_eps=1e-5)
+    of = [checkpoint.fingerprint(m.to(dtype)) for m in (model, same, other)]
+    assert of[0] == of[1] != of[2]
+    with torch.no_grad():
+        model.embed_tokens.weight[3, 4] *= -1
+    assert checkpoint.fingerprint(model) != of[0]

@@ -13,7 +13,9 @@ import torch
 from processes import LAUNCHER, run_processes
 
 from minitrl import distributed
-from minitrl.distributed import World, any_true, barrier, gather_ragged, print0, start, stop, sum_
+from minitrl.distributed import (
+    World, any_true, barrier, gather_json, gather_ragged, print0, start, stop, sum_, together,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 PATIENCE_S = 600  # on a busy machine a process may come late
@@ -57,6 +59,13 @@ def collectives(size: int) -> None:
         assert all(part.dtype == dtype and part.eq(torch.tensor(r).to(dtype)).all() for r, part in enumerate(parts))
     assert [part.shape for part in gather_ragged(torch.empty(0, 5), world)] == [(0, 5)] * size
 
+    assert gather_json({"é": [rank, None]}, world) == [{"é": [r, None]} for r in range(size)]
+    with together("nothing", world):
+        pass
+    mine = rank == size - 1
+    with pytest.raises(KeyError if mine else ConnectionError), together("failing", world):
+        if mine:
+            raise KeyError
     assert any_true(rank == size - 1, world) is True and any_true(False, world) is False
     barrier(world)
     with contextlib.redirect_stdout(io.StringIO()) as said:

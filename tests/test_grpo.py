@@ -9,17 +9,19 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from miniature import apart, launch, rows, run, steps, untimed
+from miniature import REWARDS, apart, launch, rows, run, steps, untimed
 from safetensors.torch import load_file, save_file
 
-from minitrl import checkpoint, distributed, experience, grpo, losses, model, packing, training
+from minitrl import checkpoint, distributed, experience, grpo, losses, model, packing, rewards, runs, training
 from minitrl.experience import Rollouts, select_groups, with_advantages
 from minitrl.rollout import Engine
 
@@ -336,6 +338,20 @@ def test_the_reference_policy_is_where_training_began(tiny, tmp_path):
     assert "kl" not in steps(tmp_path / "c")[0]
 
 
+def test_a_bfloat16_reference_moves_by_small_mixtures():
+    """A thousandth of the way, a thousand times; a bfloat16 weight of 1 cannot take a single one of these steps."""
+    reference, policy = (torch.nn.Linear(3, 3, dtype=torch.bfloat16).requires_grad_(False) for _ in range(2))
+    for made, value in ((reference, 1.0), (policy, 1.5)):
+        for p in made.parameters():
+            p.fill_(value)
+    mixture = {name: p.float() for name, p in reference.named_parameters()}
+    for _ in range(1000):
+        grpo.mix(reference, mixture, policy, 1e-3)
+    for name, p in reference.named_parameters():
+        assert mixture[name].mean().item() == pytest.approx(1.5 - 0.5 * 0.999**1000, rel=1e-4)
+        assert torch.equal(p, mixture[name].bfloat16())
+
+
 def weights(folder) -> dict:
     return load_file(folder / "model.safetensors")
 
@@ -398,15 +414,27 @@ def test_dynamic_sampling_replaces_groups_without_signal(tiny, tmp_path, monkeyp
     flat = {name: [row["frac_reward_zero_std"] for row in steps(tmp_path / name)] for name in ("with", "without")}
     assert sum(flat["with"]) <= 0.25 and sum(flat["without"]) >= 2
     for number in range(1, 5):
-        group = [row["prompt"] for row in rows(tmp_path / "with", "completions") if row["step"] == number]
+        written = [row for row in rows(tmp_path / "with", "completions") if row["step"] == number]
+        group = [row["prompt"] for row in written if row["used"]]
         assert len(group) == 16 and len(set(group)) == 4
+    assert "sampling/generations" not in steps(tmp_path / "without")[0]
 
 
 def test_dynamic_sampling_is_bounded(tiny, tmp_path, monkeypatch):
     generations = recorded(monkeypatch, experience, "generate_and_score")
+    scored = recorded(monkeypatch, rewards, "score")
     ends(tiny.argv(tmp_path, reward="equal", max_steps=2, dynamic_sampling=3))
     assert len(generations) == 2 * (1 + 3)
-    assert len(rows(tmp_path, "completions")) == 2 * 8  # filled up: a step has as many groups as was asked for
+    assert [arguments[7] for arguments, _ in scored] == [0, 8, 16, 24] * 2  # so a coin is tossed anew for each
+    written = rows(tmp_path, "completions")
+    used = [row for row in written if row["used"]]
+    assert len(used) == 2 * 8  # filled up: a step has as many groups as was asked for
+    assert len(written) == 2 * 4 * 8 and all(row["advantage"] is None for row in written if not row["used"])
+    tokens = sum(len(row["completion_ids"]) for row in written) + sum(len(row["prompt"]) for row in written) / 4
+    assert steps(tmp_path)[-1]["num_tokens"] == tokens
+    for row in steps(tmp_path):
+        assert row["sampling/generations"] == 4 and row["sampling/groups_discarded"] == 6
+        assert row["tokens_per_second"] * row["step_time"] > 2.5 * tokens / 8
 
 
 def test_all_completions_truncated(tiny, tmp_path, monkeypatch):
@@ -476,6 +504,13 @@ def test_cut_sampling_is_said(tiny, tmp_path):
     assert steps(tmp_path)[0]["sampling/kl"] > 0.01
 
 
+@pytest.mark.parametrize("reward, words", [("equal", "got equal rewards"), ("never", "no reward applied")])
+def test_rewards_that_go_on_saying_nothing_are_said(tiny, tmp_path, reward, words):
+    outcome = ends(tiny.argv(tmp_path, reward=reward, max_steps=7, max_completion_length=4))
+    assert outcome.out.count("generations in a row") == 1
+    assert re.search(f"warning: step 5: .*{words}.*5 generations in a row", outcome.out), outcome.out
+
+
 def test_the_curve_is_drawn(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     ends(tiny.argv(tmp_path / "run", plot=tmp_path / "curve.svg"))
@@ -507,6 +542,9 @@ def said(outcome, code: int = 1) -> str:
     return outcome.err
 
 
+EMBEDDED = dict(model=None, dataset=None, max_prompt_length=None, tokens_per_microbatch=1000)
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -527,6 +565,12 @@ def said(outcome, code: int = 1) -> str:
         (dict(overlong_cache=13), "--overlong_cache 13"),
         (dict(dynamic_sampling=-1), "--dynamic_sampling -1"),
         (dict(reward_timeout=0), "--reward_timeout 0.0"),
+        (dict(reward_timeout=1e10), "--reward_timeout 10000000000.0: must be above 0 and at most 1e6"),
+        (dict(delta=1.25, epsilon_high=0.28), "--delta 1.25: must be above 1 \\+ epsilon_high = 1.28"),
+        (dict(delta=7, loss_type="cispo", epsilon_high=5), "--delta 7.0: must be left out"),
+        (dict(EMBEDDED, max_prompt_length=16), "--max_prompt_length 16: must be left out without --model"),
+        (dict(EMBEDDED, dtype="bfloat16"), "--dtype bfloat16: must be float32 without --model"),
+        (dict(EMBEDDED, eval_dataset="x.jsonl"), "--eval_dataset x.jsonl: must be left out without --model"),
         (dict(eval_steps=1), "--eval_steps 1: must be given with --eval_dataset"),
         (dict(dataset=None), "--model .*: must be given together with --dataset"),
         (dict(model=None), "--dataset .*: must be given together with --model"),
@@ -544,6 +588,8 @@ def test_bad_options(tiny, tmp_path, given, words):
     [
         (dict(reward="no_such"), r"rewards.py has no function 'no_such'"),
         (dict(reward="share_of_b"), r"has no function 'share_of_b'; did you mean 'share_of_a'"),
+        (dict(eval_reward="no_such"), r"--eval_reward no_such: neither file.py:function"),
+        (dict(plot="/nowhere/curve.svg"), r"cannot write /nowhere/curve.svg"),
         (dict(reward="wants"), r"reward 'wants' asks for solution, but the data set's columns are answer"),
         (dict(model="/nowhere/model"), r"--model '/nowhere/model': no such folder"),
         (dict(dataset="/nowhere/data.jsonl"), r"/nowhere/data.jsonl: no such file"),
@@ -679,15 +725,128 @@ def test_not_finite_on_one_process_stops_both(tiny, tmp_path, poison):
 
 
 def test_a_reward_that_raises_on_one_process_of_two(tiny, tmp_path):
-    """The other says in one line where it stood, and no process is left waiting."""
+    """The other says in one line where it stood, no process is left waiting, and the steps before are saved."""
     (tmp_path / "mine.py").write_text(
-        "def mine(completions, first_index):\n    return [1.0 / (1 - bool(first_index))] * len(completions)\n"
+        "def mine(completions, first_index, step):\n"
+        "    return [1.0 / (1 - (first_index > 0 and step == 2))] * len(completions)\n"
     )
     argv = replaced(tiny.argv(tmp_path / "run"), reward=f"{tmp_path / 'mine.py'}:mine")
     outcome = launch(argv, 2)
     assert outcome.codes == [1, 1] and "Traceback" not in outcome.err
-    for line in ("error: reward 'mine' raised ZeroDivisionError", "error: rank 0 of 2, gathering"):
+    other = "error: rank 0 of 2, sampling and scoring: another process failed"
+    for line in ("error: reward 'mine' raised ZeroDivisionError", other):
         assert line in outcome.err
+    assert "step 2 is saved; --resume goes on from there" in outcome.out
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / "state.json").exists()
+
+
+def test_an_evaluation_that_fails_costs_no_step(tiny, tmp_path):
+    mine = "def mine(completions, step):\n    return [1.0 / (2 - step)] * len(completions)\n"
+    (tmp_path / "mine.py").write_text(mine)
+    argv = tiny.argv(tmp_path / "run", eval_dataset=tiny.folder / "data.jsonl", eval_steps=2,
+                     eval_reward=f"{tmp_path / 'mine.py'}:mine")  # fmt: skip
+    outcome = run(argv)
+    assert "'mine' raised ZeroDivisionError" in said(outcome) and "step 2 is saved" in outcome.out
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+    (tmp_path / "mine.py").write_text(mine.replace("/ (2 - step)", ""))
+    assert "going on after step 2" in launch([*argv, "--resume"]).out
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_weights_that_are_not_whole_are_not_saved(tiny, tmp_path, monkeypatch):
+    """The error comes amid the third update."""
+    original, count = training.Optimizer._round_masters, itertools.count(1)
+
+    def breaks(self):
+        if next(count) == 3:
+            raise ArithmeticError("broken")
+        original(self)
+
+    monkeypatch.setattr(training.Optimizer, "_round_masters", breaks)
+    assert "broken" in said(run(tiny.argv(tmp_path)))
+    assert len(steps(tmp_path)) == 2 and not (tmp_path / "checkpoints").exists()
+
+
+# What has to be the same: on all processes, and before and after a resume
+
+
+def train_each(rank: int, argvs) -> None:
+    runs.command(functools.partial(grpo.main, argvs[rank]))
+
+
+def test_processes_that_are_not_of_one_run_are_refused(tiny, tmp_path):
+    """Other options, rows and weights; then, in a resumed run, no checkpoint where the other has one."""
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    next(iter(tensors.values()))[0] += 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    data = (tiny.folder / "data.jsonl").read_text()
+    (tmp_path / "data.jsonl").write_text(data.replace('"answer": "9"', '"answer": "8"'))
+    argv = tiny.argv(tmp_path / "run", save_steps=2)
+    other = replaced(argv, learning_rate=0.02, model=tmp_path / "model", dataset=tmp_path / "data.jsonl")
+    outcome = apart(train_each, 2, [argv, other])
+    assert outcome.codes == [1, 1] and outcome.err.count("error: the processes are not of one run: ") == 2, outcome
+    assert "--learning_rate is 0.01 on rank 0 and 0.02 on rank 1" in outcome.err
+    assert all(f"{name} is " in outcome.err for name in ("--dataset", "--model", "a digest of the weights"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    ends(replaced(argv, max_steps=2))
+    outcome = apart(train_each, 2, [[*argv, "--resume"], [*replaced(argv, output_dir=tmp_path / "apart"), "--resume"]])
+    assert outcome.codes == [1, 1] and "an --output_dir that all machines share" in outcome.err
+    assert outcome.err.count("the newest checkpoint's step is 2 on rank 0 and None on rank 1") == 2, outcome
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+def test_a_resume_with_other_data_is_refused_by_name(tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "tiny")
+    places = {name: tmp_path / "tiny" / file for name, file in
+              dict(dataset="data.jsonl", eval_dataset="eval.jsonl", model="model", reward="rewards.py").items()}
+    shutil.copy(places["dataset"], places["eval_dataset"])
+    options = {name: places[name] for name in ("dataset", "eval_dataset", "model")} | {"max_steps": 1}
+    argv = replaced(tiny.argv(tmp_path / "run", **options), reward=f"{places['reward']}:share_of_a")
+    ends(argv)
+    argv = [*replaced(argv, max_steps=2), "--resume"]
+    config = places["model"] / "config.json"
+    for name, file, old, new in (
+        ("--dataset", places["dataset"], '"answer": "9"', '"answer": "8"'),
+        ("--eval_dataset", places["eval_dataset"], '"1+1="', '"1+2="'),
+        ("--model", config, '"max_position_embeddings": 64', '"max_position_embeddings": 63'),
+    ):
+        before = file.read_text()
+        assert old in before
+        file.write_text(before.replace(old, new))
+        line = said(run(argv))
+        assert f"--resume: changed since the run began: what is in {name}. Put the old contents back" in line
+        file.write_text(before)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1]
+    places["reward"].write_text(REWARDS + "# mended")
+    assert f"--resume: --reward {places['reward']} was changed since step 1" in ends(argv).out
+
+
+def test_fewer_steps_than_are_done_are_refused(tiny, tmp_path):
+    ends(tiny.argv(tmp_path, max_steps=3))
+    before = (tmp_path / "config.json").read_bytes()
+    assert "the checkpoint is of step 3, but --max_steps" in said(run([*tiny.argv(tmp_path, max_steps=2), "--resume"]))
+    assert before == (tmp_path / "config.json").read_bytes()
+
+
+def test_a_foreign_file_in_the_final_folder_is_found_at_once(tiny, tmp_path):
+    ends(tiny.argv(tmp_path, max_steps=1))
+    (tmp_path / "final" / "notes.txt").write_text("mine")
+    assert re.search(r"final holds other files \(notes.txt\)", said(run([*tiny.argv(tmp_path), "--resume"])))
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_a_template_sees_the_time_at_which_the_run_began(tiny, tmp_path):
+    """Prompts that hold the time are the same after a resume, or the data would be other data."""
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%H%M%S') }}{{ messages[0].content }}")
+    (tmp_path / "data.jsonl").write_text('{"prompt": [{"role": "user", "content": "+"}]}\n')
+    options = dict(model=tmp_path / "model", dataset=tmp_path / "data.jsonl")
+    ends(tiny.argv(tmp_path / "run", max_steps=1, **options))
+    time.sleep(1.1)
+    ends([*tiny.argv(tmp_path / "run", max_steps=2, **options), "--resume"])
+    assert len({row["prompt"] for row in rows(tmp_path / "run", "completions")}) == 1
 
 
 def test_the_module_is_a_command(tiny, tmp_path):

@@ -84,6 +84,10 @@ def _send(numbers, *_) -> None:
         os.kill(os.getpid(), number)
 
 
+def breaks(*_) -> None:
+    raise ArithmeticError("broken")
+
+
 def full_disk(*_) -> None:
     raise OSError(28, "No space left on device")
 
@@ -131,6 +135,19 @@ def test_kill_9_of_one_process_of_two(tiny, tmp_path, undisturbed, rank, where):
     assert launch(argv, 2, hooks={rank: killed(where)}).codes[rank] == -signal.SIGKILL
     assert launch([*argv, "--resume"], 2).codes == [0, 0]
     assert_same_end(undisturbed(kind, 2), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where, step", [("reward", 3), ("backward", 4)])
+def test_an_error_saves_the_last_step(tiny, tmp_path, undisturbed, where, step, kind):
+    """In the next step's rewards, or in its backward pass: then its prompts are drawn again, or its buffer is kept."""
+    argv = tiny.argv(tmp_path, save_steps=100, **KINDS[kind])
+    outcome = launch(argv, hooks={0: functools.partial(at, FAULTS[where][0], step, 1, breaks)})
+    assert outcome.code == 1 and "broken" in outcome.err, outcome
+    assert f"step {step} is saved" in outcome.out and last(tmp_path) == step == steps(tmp_path)[-1]["step"]
+    outcome = launch([*argv, "--resume"])
+    assert outcome.code == 0 and f"--resume: going on after step {step}\n" in outcome.out, outcome
+    assert_same_end(undisturbed(kind), tmp_path)
 
 
 def test_killed_again_and_again(tiny, tmp_path, undisturbed):

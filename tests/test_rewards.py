@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -244,7 +245,7 @@ def test_what_a_function_raises_is_named_with_its_line():
 def test_a_function_that_hangs_is_left_behind():
     release = threading.Event()
     begin = time.perf_counter()
-    with pytest.raises(TimeoutError, match=r"'mine' did not return within 0.2 s \(--reward-timeout\)"):
+    with pytest.raises(TimeoutError, match=r"'mine' did not return within 0.2 s \(--reward_timeout\)"):
         run(lambda completions: release.wait(60), timeout_s=0.2)
     assert time.perf_counter() - begin < 10
     release.set()
@@ -261,6 +262,37 @@ def test_a_regular_expression_that_never_lets_go_ends_the_process():
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 1 and "Timeout" in process.stderr and "in endless" in process.stderr
+
+
+def test_an_alarm_is_explained():
+    def alarmed(completions):
+        signal.signal(signal.SIGALRM, lambda *_: None)
+
+    with pytest.raises(ValueError, match=r"rewards run in a thread, where signal.alarm .* --reward_timeout"):
+        run(alarmed)
+
+
+def test_what_a_function_takes_by_place_alone_is_said_before_the_first_step():
+    def by_place(completions, /, **columns):
+        return [0, 0]
+
+    def with_default(completions, answer=None, /):
+        return [0, 0]
+
+    for function in (by_place, with_default):
+        with pytest.raises(ValueError, match="'mine' gets its arguments by name, .*'?completions'?"):
+            check_columns([("mine", function)], ["answer"])
+    check_columns([("mine", lambda answer=None, /, *, completions: [])], ["answer"])
+
+
+def test_a_function_cannot_empty_the_data_set():
+    """The completions of a prompt share its row: what is taken out for one is there for the next."""
+    tests = ["a", "b"]
+
+    def greedy(completions, tests):
+        return [float(len([each.pop() for _ in range(len(each))])) for each in tests]
+
+    assert run(greedy, columns={"tests": [tests, tests]}).tolist() == [2, 2] and tests == ["a", "b"]
 
 
 def test_one_function_cannot_disturb_the_next():
@@ -316,6 +348,10 @@ def test_errors_of_loading_name_the_nearest(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load_rewards(names)
+    with pytest.raises(ValueError, match="^--eval_reward numbr: neither"):
+        load_rewards(("numbr",), "--eval_reward")
+    with pytest.raises(ValueError, match=f"^--eval_reward {good}:number: .* has no function"):
+        load_rewards((f"{good}:number",), "--eval_reward")
     text = tmp_path / "notes.txt"
     text.write_text("")
     with pytest.raises(ValueError, match="not a .py file"):

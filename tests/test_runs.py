@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 import torch
 
-from minitrl.runs import (
-    MAY_CHANGE, Interrupt, Progress, RunFolder, Seconds, _columns, check_resume, draw, peak_memory, table,
-)  # fmt: skip
+from minitrl.console import Progress, _columns, table
+from minitrl.runs import MAY_CHANGE, Interrupt, RunFolder, Seconds, check_resume, command, draw, peak_memory
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 CPU = torch.device("cpu")
@@ -66,6 +66,29 @@ def test_resume_cuts_what_came_after(tmp_path, step):
     assert texts == [f"{s}\u2028{w}" for s in range(kept + 1) for w in "ab"]
     assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 9
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_row_torn_inside_a_character(tmp_path):
+    a_run(tmp_path, 2)
+    torn = '{"step": 2, "text": "é'.encode()[:-1]
+    for name in ("metrics", "completions"):
+        with open(tmp_path / f"{name}.jsonl", "ab") as file:
+            file.write(torn)
+    with RunFolder(str(tmp_path), resume=True) as run:
+        run.begin({"seed": 1}, 2)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2] and len(rows(tmp_path, "completions")) == 6
+
+
+def test_cutting_holds_one_row_at_a_time(tmp_path):
+    a_run(tmp_path, 1)
+    line = json.dumps({"step": 1, "text": "x" * 1000}) + "\n"
+    (tmp_path / "completions.jsonl").write_text(line * 10_000)
+    with RunFolder(str(tmp_path), resume=True) as run:
+        tracemalloc.start()
+        run.begin({"seed": 1}, 1)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 10**6 and (tmp_path / "completions.jsonl").stat().st_size == 10_000 * len(line)
 
 
 def test_a_broken_row_inside_is_named(tmp_path):
@@ -294,6 +317,12 @@ def test_interrupt_gives_the_handlers_back():
         assert signal.getsignal(signal.SIGTERM) == interrupt._handle and not interrupt.wanted
         assert interrupt.exit_code == 143  # another process got the signal
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_before_the_loop(capsys):
+    with pytest.raises(SystemExit) as end:
+        command(fails(KeyboardInterrupt()))
+    assert end.value.code == 130 and capsys.readouterr().err == ""
 
 
 def test_seconds_add_up_by_phase():

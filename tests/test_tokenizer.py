@@ -2,12 +2,15 @@
 
 import json
 import sys
+import time
 from contextlib import suppress
+from datetime import datetime
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from minitrl import tokenizer as tokenizer_file
 from minitrl.tokenizer import Tokenizer, _Template, read_json
 
 MEMORY_LIMIT = None
@@ -147,6 +150,11 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
         Tokenizer.load(write_folder(tmp_path, {"eos_token": "<nope>"}))
     with pytest.raises(ValueError, match="has id 300, but in tokenizer.json it has id 258"):
         Tokenizer.load(write_folder(tmp_path, {"added_tokens_decoder": {"300": {"content": "<|im_end|>"}}}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder must be an object, .* not list"):
+        Tokenizer.load(write_folder(tmp_path, {"added_tokens_decoder": [{"content": "<|im_end|>"}]}))
+    for unknown in (259, 2**32, 10**30):
+        with pytest.raises(ValueError, match=f"config.json: eos_token_id {unknown} is not in tokenizer.json"):
+            Tokenizer.load(write_folder(tmp_path, {}, config={"eos_token_id": unknown}))
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -259,6 +267,27 @@ def test_template_cannot_fill_the_memory(source):
     with pytest.raises(ValueError, match="MemoryError"):
         _Template(source).render(messages=[])
     assert resource.getrlimit(resource.RLIMIT_AS) == MEMORY_LIMIT
+
+
+def test_a_template_has_so_many_seconds(monkeypatch):
+    """Few steps and bounded memory, and yet each turn writes hundreds of megabytes."""
+    monkeypatch.setattr(tokenizer_file, "MAX_TEMPLATE_SECONDS", 0.05)
+    for turn in ("{% set x = 'a' * 400000000 %}", "{% set x = '%400000000d' % 1 %}"):
+        before = time.thread_time()
+        with pytest.raises(ValueError, match="more than 0.05 seconds"):
+            _Template("{% for i in range(60) %}" + turn + "{% endfor %}").render(messages=[])
+        assert time.thread_time() - before < 5
+    monkeypatch.setattr(tokenizer_file, "MAX_TEMPLATE_SECONDS", 5.0)
+    assert _Template("{{ 'a' * 3 }}").render() == "aaa"
+
+
+def test_the_time_of_a_template_can_be_held():
+    source = "{% macro day() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ day() }}"
+    tokenizer = Tokenizer(byte_tokenizer(), [258], chat_template=source)
+    tokenizer.now = datetime(2024, 7, 26, 23, 59)
+    assert tokenizer.render([]) == "26 Jul 2024 23:59"
+    tokenizer.now = None
+    assert str(datetime.now().year) in tokenizer.render([])
 
 
 def test_bounds_are_of_one_rendering():

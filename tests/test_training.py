@@ -116,11 +116,14 @@ def test_bf16_follows_float32():
         for p, q in zip(wide.parameters(), narrow.parameters()):
             p.copy_(q)
     a, b = Optimizer(wide, WORLD), Optimizer(narrow, WORLD)
+    ratios = []
     for step in range(20):
         loss(wide, batch(step)).backward()
         loss(narrow, batch(step, torch.bfloat16)).backward()
-        assert b.step(1e-3) == pytest.approx(a.step(1e-3), rel=0.05)
+        ratios.append(b.step(1e-3) / a.step(1e-3))
         assert all(torch.equal(p, b.masters[n].to(p.dtype)) for n, p in b.parameters.items())
+    # A bfloat16 weight is off by up to 2^-9, a gradient's norm by a few times that, now up and now down
+    assert max(abs(ratio - 1) for ratio in ratios) < 0.02 and abs(sum(ratios) / 20 - 1) < 0.004
     drift = torch.cat([(a.masters[n] - b.masters[n]).abs().flatten() for n in a.masters])
     assert drift.median() < 2e-3 and drift.max() < 2e-2
 
