@@ -94,5 +94,8 @@ def cases() -> dict[str, Callable[[torch.dtype, int], None]]:
         "logits_logprob": logits_logprob,
         "matmul": matmul,
         "grpo_loss": grpo_loss(),
-        "grpo_loss all": grpo_loss(**by_sequence, beta=0.1, entropy_coef=0.1, entropy_threshold=0.5),
+        "grpo_loss all": grpo_loss(beta=0.1, entropy_coef=0.1, entropy_threshold=0.5, delta=2.0),
+        "grpo_loss by length": grpo_loss(loss_type="grpo"),
+        "grpo_loss sequence ratios": grpo_loss(**by_sequence, beta=0.1, entropy_coef=0.1),
+        "grpo_loss cispo": grpo_loss(**by_sequence | {"loss_type": "cispo"}, beta=0.1, entropy_threshold=0.5),
     }

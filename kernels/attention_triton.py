@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-1e30)  # the maximum of nothing: finite, so that LOWEST -
 
 @triton.jit
 def _offsets(at, n, stride, prefix_at, own_at, behind):
-    """Where the tokens at the places at + n of a sequence begin, their rows `stride` numbers apart: int64, n's shape."""
+    """Where the tokens at places at + n of a sequence begin, their rows `stride` numbers apart: int64, n's shape."""
     return (tl.where(at + n < behind, prefix_at, own_at) + at + n).to(tl.int64) * stride
 
 
@@ -83,7 +83,7 @@ def _forward_block(
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
-def attention_forward_kernel(
+def attention_fwd_kernel(
     q, k, v, out, lse, tiles, q_stride, k_stride, v_stride, tokens, scale, window,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -180,7 +180,7 @@ def _dkv_block(
     k, v, dk, dv, q, d_out, lse, delta, q_stride, d_stride, query_at, count, at, position, keys, scale, window,
     E: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: what it adds to the gradients of the keys and values. Scores are [keys, queries].
+    """One block of queries of one head: what it adds to the gradients of keys and values. Scores are [keys, queries].
 
     Queries beyond the last one are zeros, and so is their gradient: they add nothing.
     """
@@ -295,8 +295,8 @@ def _table(rows: list[tuple], columns: int, device: torch.device) -> Tensor:
 
 
 def tiling(kernel: str, dtype: torch.dtype, size: int) -> str:
-    """The name in CONFIGS of the kernel's tiles ("forward", "dq", "dkv")."""
-    return f"attention.{kernel}/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
+    """The name in CONFIGS of the kernel's tiles ("fwd", "dq", "dkv")."""
+    return f"attention_{kernel}/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float,
     (T, H, E), K = q.shape, k.shape[1]
     out, lse = q.new_empty(T, H, E), q.new_empty(H, T, dtype=torch.float32)
     if len(tiles):
-        attention_forward_kernel[len(tiles) * H,](
+        attention_fwd_kernel[len(tiles) * H,](
             q, k, v, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), T, scale, window or 0,
             H=H, K=K, E=E, WINDOW=window is not None, enable_fp_fusion=False, **tiled,
         )  # fmt: skip
@@ -323,7 +323,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, E) in q's dtype, and lse (H, T) in float32, of base 2."""
     q, k, v = map(rows_of, (q, k, v))
-    tiled = config(tiling("forward", q.dtype, q.shape[2]))
+    tiled = config(tiling("fwd", q.dtype, q.shape[2]))
     tiles = query_tiles(tuple(lengths), tuple(prefixes), window, tiled["QUERIES"], q.device)
     return launch_forward(q, k, v, tiles, scale, window, tiled)
 

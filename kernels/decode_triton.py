@@ -5,10 +5,10 @@
     fold    per row and query head, over its pieces from the left:
                 m' = max(m, m_i)   l = 2^(m - m') l + 2^(m_i - m') l_i    and o likewise;     out = o / l
 
-The queries of a tile are the H / K heads of a group, of as many rows as there is room for, ROWS: rows that read the same
-pages in a piece stand in one tile and those pages are read once. `sharing` finds them, on the device, once a step: in
-each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile with the
-other queries empty, so its bits do not depend on its neighbours; neither do they on the number of pieces beside its own.
+The queries of a tile are the H / K heads of a group, of as many rows as there is room for, ROWS: rows that read the
+same pages in a piece stand in one tile and those pages are read once. `sharing` finds them, on the device, once a step:
+in each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile with the
+other queries empty, so its bits do not depend on its neighbours; nor do they on the number of pieces beside its own.
 
 Least traffic in bytes, b a number: b 2 K E a token in the cache, those in shared pages counted once, b 2 B H E for
 queries and outputs. Workspace: 4 (E + 2) B H a piece, written and read once, at SPLIT 256 less than a tenth of a row's
@@ -117,7 +117,7 @@ def split_size(page_size: int) -> int:
 
 def tiling(size: int, dtype: torch.dtype) -> str:
     """The name in CONFIGS of the split kernel's tiles."""
-    return f"decode.split/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
+    return f"decode_split/{max(size, 64)}" + ("/float32" if dtype == torch.float32 else "")
 
 
 def sharing(page_table: Tensor, lengths: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -143,17 +143,17 @@ def decode_pieces(
 ) -> Tensor:  # fmt: skip
     """decode by pieces and fold; order and rank from `sharing`."""
     (B, H, E), (K, page_size) = q.shape, k_pages.shape[1:3]
+    assert k_pages[0].is_contiguous() and k_pages.stride() == v_pages.stride(), (k_pages.stride(), v_pages.stride())
     q, page_table, out = attention_triton.rows_of(q), page_table.contiguous(), q.new_empty(B, H, E)
     best, total = (q.new_empty(len(order), B, H, dtype=torch.float32) for _ in range(2))
     parts = q.new_empty(len(order), B, H, E, dtype=torch.float32)
     shape = dict(H=H, E=E, SPLIT=split_size(page_size), WINDOW=window is not None, enable_fp_fusion=False)
-    if B:
-        decode_split_kernel[len(order) * B * K,](
-            q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
-            page_table.stride(0), k_pages.stride(0), scale, window or 0,
-            K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
-        )  # fmt: skip
-        decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode.fold"))
+    decode_split_kernel[len(order) * B * K,](
+        q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
+        page_table.stride(0), k_pages.stride(0), scale, window or 0,
+        K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
+    )  # fmt: skip
+    decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
     return out
 
 
@@ -171,7 +171,7 @@ def decode_as_attention(
         rows = torch.arange(len(q[some]), device=q.device)
         columns = rows, torch.ones_like(rows), lengths[some] - 1, torch.zeros_like(rows), rows * slots
         tiles = torch.stack([*columns, torch.zeros_like(rows)], 1).int()  # as of query_tiles
-        tiled = config(attention_triton.tiling("forward", q.dtype, E))
+        tiled = config(attention_triton.tiling("fwd", q.dtype, E))
         queries = attention_triton.rows_of(q[some])
         out[some], _ = attention_triton.launch_forward(queries, k, v, tiles, scale, window, tiled)
     return out
@@ -186,7 +186,13 @@ def _(q, *_):
 def decode(q, k_pages, v_pages, page_table, lengths, *, scale: float, window, shared, deterministic: bool) -> Tensor:
     """See decode.py."""
     attention_triton.check(q, k_pages, v_pages, scale)
+    if not len(q):
+        return torch.empty_like(q)
     if deterministic:
         return decode_as_attention(q, k_pages, v_pages, page_table, lengths, scale, window)
+    group, most = q.shape[1] // k_pages.shape[1], config(tiling(q.shape[2], q.dtype))["QUERIES"]
+    if group > most:
+        raise ValueError(f"decode: a tile has no room for the {group} query heads of a key head, only for {most}; "
+                         "set MINITRL_KERNELS=reference")  # fmt: skip
     order, rank = sharing(page_table, lengths, k_pages.shape[2]) if shared is None else shared
     return decode_pieces(q, k_pages, v_pages, page_table, lengths, order, rank, scale, window)

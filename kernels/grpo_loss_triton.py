@@ -2,8 +2,8 @@
 
 The formulas stand in grpo_loss.py, and so does their text: `token_loss` and `token_slopes` are compiled from there.
 
-    tiles_kernel   a program a tile of TOKENS tokens: the gradient of each token's l_t, and the tile's sums
-    sums_kernel    one program: the tiles' sums, added up in their order and divided
+    grpo_loss_tiles_kernel    a program a tile of TOKENS tokens: the gradient of each token's l_t, and the tile's sums
+    grpo_loss_sums_kernel     one program: the tiles' sums, added up in their order and divided
 
 The gradient is that of the undivided sum. What it is divided by may be known only when all is counted, and the gradient
 from upstream only in the backward pass: there one product with a number applies both. So nothing is read twice and
@@ -15,7 +15,7 @@ log-ratio, in a second its losses, for sequence ratios in a third its gradients;
 read in cache. A token's gradient has the same bits wherever its sequence stands and whatever else is in the pack.
 
 Bytes a token, floats of 4 bytes: mask 1; if it is live logprob 4, old 4, advantage 4, ref 4 (beta), entropy 4 (bonus or
-threshold); segment 8 (by sequence); gradient out 4, kept out 1 (threshold with bonus). The backward product: 4 in, 4 out.
+threshold); segment 8 (by sequence); gradient out 4, kept out 1 (threshold with bonus). Backward product: 4 in, 4 out.
 """
 
 from types import FunctionType
@@ -58,7 +58,7 @@ def read(t, live, numbers):
 
 
 @triton.jit(do_not_specialize=["T"])
-def tiles_kernel(
+def grpo_loss_tiles_kernel(
     logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept_out, sums,
     T, lower, upper, delta, beta, threshold,
     LOSS_TYPE: tl.constexpr, CORRECTED: tl.constexpr, THRESHOLD: tl.constexpr, SEQUENCE_RATIOS: tl.constexpr,
@@ -135,10 +135,7 @@ def tiles_kernel(
                     tl.store(gradient + t, by_ratio + straight, mask=t < end)
                     if kept_out is not None:
                         tl.store(kept_out + t, kept, mask=t < end)
-        start = limit
-        if BY_SEQUENCE:
-            t = tile * TOKENS + lane
-            start = tl.min(tl.where(starts & (t >= end), t, T))
+        start = end
 
     at, tiles = sums + tile, tl.num_programs(0)
     tl.store(at, tl.sum(loss))
@@ -160,7 +157,7 @@ def added_up(row, tiles, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def sums_kernel(
+def grpo_loss_sums_kernel(
     sums, loss, metrics, shares, tiles, tokens, sequences, factor, entropy_coef,
     LOSS_TYPE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -198,18 +195,19 @@ def grpo_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss (), metrics (4,), the gradient (T,) of the undivided sum, kept (T,) or (0,), shares (2,)."""
     loss, metrics, gradient, kept, shares = _outputs(logprobs, entropy_coef, threshold)
-    T, tile = len(logprobs), dict(config("grpo_loss.tiles"))
+    T, tile = len(logprobs), config("grpo_loss_tiles")
     tiles = triton.cdiv(T, tile["TOKENS"])
     sums = logprobs.new_empty(7, tiles, dtype=torch.float32)
     if tiles:
-        tiles_kernel[(tiles,)](
+        grpo_loss_tiles_kernel[(tiles,)](
             logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept if len(kept) else None, sums,
             T, lower, upper, delta, beta, threshold or 0.0,
             LOSS_TYPE=loss_type, CORRECTED=corrected, THRESHOLD=threshold is not None, SEQUENCE_RATIOS=sequence_ratios,
             BY_SEQUENCE=segments is not None, **tile,
         )  # fmt: skip
     numbers = (tokens, sequences, factor, entropy_coef)
-    sums_kernel[(1,)](sums, loss, metrics, shares, tiles, *numbers, LOSS_TYPE=loss_type, **config("grpo_loss.sums"))
+    results = sums, loss, metrics, shares
+    grpo_loss_sums_kernel[(1,)](*results, tiles, *numbers, LOSS_TYPE=loss_type, **config("grpo_loss_sums"))
     return loss, metrics, gradient, kept, shares
 
 
@@ -227,7 +225,7 @@ def _(logprobs, old, advantages, mask, ref, entropy, segments, *options):
 
 def _keep(ctx, inputs, output):
     logprobs, mask, entropy, entropy_coef = inputs[0], inputs[3], inputs[5], inputs[14]
-    loss, metrics, gradient, kept, shares = output
+    _, metrics, gradient, kept, shares = output
     ctx.mark_non_differentiable(metrics, gradient, kept, shares)
     ctx.set_materialize_grads(False)  # the others get no gradient: no zeros for them
     bonus = entropy is not None and entropy_coef != 0.0

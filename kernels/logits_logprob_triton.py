@@ -98,7 +98,7 @@ def logits_logprob_op(logits: Tensor, targets: Tensor, temperature: float) -> Te
     if T:
         logits, row_stride = laid_out(logits)
         rest = settled(targets), *out, T, V, row_stride, 1 / temperature
-        tiles = config("logits_logprob.forward")
+        tiles = config("logits_logprob_fwd")
         logits_logprob_fwd_kernel[(T,)](logits, *rest, IGNORE=IGNORE, enable_fp_fusion=False, **tiles)
     return out.contiguous()
 
@@ -119,7 +119,7 @@ def logits_logprob_backward_op(
         logits, row_stride = laid_out(logits)
         vectors = [settled(x) for x in (targets, saved[2], saved[3], saved[1], upstream[0], upstream[1])]
         rest = *vectors, dz, T, V, row_stride, 1 / temperature
-        tiles = config("logits_logprob.backward")
+        tiles = config("logits_logprob_bwd")
         grid = T, triton.cdiv(V, tiles["BLOCK"])
         logits_logprob_bwd_kernel[grid](logits, *rest, IGNORE=IGNORE, enable_fp_fusion=False, **tiles)
     return dz

@@ -63,7 +63,7 @@ def targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def cuts(vocabulary: int, parts: int) -> list[int]:
-    """Where a vocabulary is cut for so many ranks to share it, into whole splits, as even as they get: parts + 1 numbers.
+    """Where a vocabulary is cut for ranks to share it, into whole splits, as even as they get: parts + 1 numbers.
 
     Rank r holds the rows from cuts[r] to cuts[r + 1]. Each part of 1, 2 or 4 is made of whole ones of twice as many.
     """
@@ -147,8 +147,8 @@ def token_logprob(
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
     deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
-        rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the bit those
-        of one device. (d_hidden to the bit if deterministic.) On a GPU only.
+        rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
+        bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
     Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
     if use_triton(hidden_TD):
@@ -205,7 +205,7 @@ def token_logprob_sum(
 
 
 def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
-    """token_logprob for those who hold the logits: (T, V), read once forward; read and their gradient written backward."""
+    """token_logprob for those who hold the logits (T, V): read once forward; backward read, their gradient written."""
     if use_triton(logits_TV):
         check(logits_TV)
         from .logits_logprob_triton import logits_logprob_op

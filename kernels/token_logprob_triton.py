@@ -1,7 +1,7 @@
 """The Triton kernels of token_logprob.py, whose docstring has the formulas.
 
-Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time, and
-leaves three numbers a token (its partials), with d = (z - r) / (temperature ln 2) and z = x.w:
+Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time,
+and leaves three numbers a token (its partials), with d = (z - r) / (temperature ln 2) and z = x.w:
 
     reference r = max z        total s = sum 2^d        weighted u = sum 2^d d
 
@@ -45,7 +45,7 @@ def logits_tile(
     x, w, row, column, T, V, D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, else pointers."""
+    """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, or pointers."""
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, D, DEPTH):
         left = load_tile(x, row, k, T, D, D, ROWS, DEPTH, False, TMA, EVEN)
@@ -146,7 +146,7 @@ def token_logprob_bwd_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dz (T, stop - start): the gradient of the logits of columns start to stop, before they are divided by anything."""
+    """dz (T, stop - start): the gradient of the logits of columns start to stop, not yet divided by anything."""
     block, other = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(stop - start, COLUMNS), GROUP)
     first = start + other * COLUMNS
     rows, columns = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
@@ -189,7 +189,7 @@ def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
     """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
     for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
     narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 256)
-    return f"token_logprob.forward{'/narrow' if narrow else rows_of(hidden.dtype)}"
+    return f"token_logprob_fwd{'/narrow' if narrow else rows_of(hidden.dtype)}"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> None:
@@ -217,7 +217,7 @@ def launch_forward(hidden, weight, targets, temperature, kept=None):
 
 def launch_fold(chosen, partials, temperature) -> Tensor:
     """-> (4, T): log-probs, entropy, reference, log2_total."""
-    out, tiles = aligned_rows(len(chosen), chosen.device), config("token_logprob.fold")
+    out, tiles = aligned_rows(len(chosen), chosen.device), config("token_logprob_fold")
     rest = *out, len(chosen), len(partials), 1 / temperature
     grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
     token_logprob_fold_kernel[grid](partials, chosen, *rest, enable_fp_fusion=False, **tiles)
@@ -265,7 +265,7 @@ def gradients(hidden, weight, targets, out, upstream, temperature, deterministic
     weight, vectors, (T, D), V = settled(weight), [settled(v) for v in vectors], x.shape, len(weight)
     d_weight = (torch.empty_like if T else torch.zeros_like)(weight) if needs[1] else None
     buffer = x.new_empty(T * min(CHUNK, V))
-    row = f"token_logprob.backward{rows_of(x.dtype)}"
+    row = f"token_logprob_bwd{rows_of(x.dtype)}"
 
     def slab(i: int) -> Tensor:
         part = x.new_zeros((T, D), dtype=torch.float32)
@@ -346,7 +346,7 @@ def token_logprob_sum_op(
     live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
     d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
-    weight, V, tiles = settled(weight), len(weight), config("token_logprob.kept")
+    weight, V, tiles = settled(weight), len(weight), config("token_logprob_kept")
     for some in (live[i : i + KEPT_ROWS] for i in range(0, len(live), KEPT_ROWS)):
         x, y = settled(hidden[some]), targets[some]
         kept = x.new_empty(len(some), V)

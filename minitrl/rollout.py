@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.attention import attention
-from .kernels.decode import decode
+from .kernels.decode import decode, sharing
 from .kernels.linear import linear, packed_weights
 from .packing import pack
 
@@ -450,11 +450,12 @@ class Engine:
         slots = self.pool.slots(table[np.arange(len(running)), cached // size], cached)
         tokens, positions, table = (torch.from_numpy(x).to(slots.device) for x in (tokens, cached, table))
         lengths = positions + 1
+        shared = sharing(table, lengths, size)
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
             keys, values, window = self.pool.keys[layer], self.pool.values[layer], self.model.config.windows[layer]
-            return decode(q, keys, values, table, lengths, window=window)
+            return decode(q, keys, values, table, lengths, window=window, shared=shared)
 
         return self.model.hidden(tokens, positions, attend)
 

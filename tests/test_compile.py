@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from benchmarks import launches  # noqa: E402
 from benchmarks.compile_report import LIMITS, compiled  # noqa: E402
 
+from minitrl.kernels.targets import CONFIGS  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
 
@@ -46,6 +48,7 @@ def test_every_kernel_is_there(rows):
         name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text("utf-8"), re.MULTILINE)
     }
     assert defined and {row["kernel"] for row in rows} == defined
+    assert {f"{name.split('/')[0]}_kernel" for name in CONFIGS} == defined
     assert {row["target"] for row in rows} == set(NVIDIA)
 
 
@@ -68,7 +71,7 @@ def test_one_binary_for_any_number_of_rows(rows):
 
 def test_deterministic_decoding_is_the_attention_kernel(rows):
     """Its bits are those of training because it is the same binary."""
-    kernels = [row for row in rows if row["kernel"] == "attention_forward_kernel"]
+    kernels = [row for row in rows if row["kernel"] == "attention_fwd_kernel"]
     for target in NVIDIA:
         decoding, training = (
             [row["hashes"] for row in kernels if (row["case"], row["target"]) == (case, target)]

@@ -7,9 +7,9 @@ from faults import plant
 
 pytest.importorskip("triton")
 from interpreter import OutOfBounds, Race, interpreted  # noqa: E402
+from minitrl.kernels.matmul import matmul, matmul_reference  # noqa: E402
 
 from minitrl.kernels import matmul_triton  # noqa: E402
-from minitrl.kernels.matmul import matmul, matmul_reference  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
