@@ -1,9 +1,11 @@
 """The Triton kernels of token_logprob.py, whose docstring has the formulas.
 
 Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time,
-and leaves three numbers a token (its partials), in units of log 2:
+and leaves three numbers a token (its partials), with d = (z - r) / (temperature ln 2) and z = x.w:
 
-    reference r = max z      total s = sum 2^(z - r)      weighted u = sum 2^(z - r) (z - r)      z = x.w / (T ln 2)
+    reference r = max z        total s = sum 2^d        weighted u = sum 2^d d
+
+The difference comes first: it is exact where it matters, so that a certain token has log-prob 0 and no entropy.
 
 A second kernel folds them. Nothing is locked or added atomically, and SPLIT does not depend on how many tokens there
 are: a token's bits depend on its own hidden state alone. Nor do they depend on how the vocabulary is dealt out to
@@ -60,7 +62,7 @@ def token_logprob_fwd_kernel(
 ):  # fmt: skip
     """x (T, D), w (V, D), targets (T,) -> chosen (T,) the targets' logits, and partials (V / SPLIT, 3, T).
 
-    Only if kept (T, V) is given: there 2^(z - peak), and in peaks (T, V / COLUMNS) the peak of each tile.
+    Only if kept (T, V) is given: there 2^d relative to a peak, and in peaks (T, V / COLUMNS) the peak of each tile.
     """
     block, split = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(V, SPLIT), GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -77,10 +79,10 @@ def token_logprob_fwd_kernel(
         mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         tl.store(chosen + rows, mine, mask=(target >= first) & (target < tl.minimum(first + COLUMNS, V)))
         z = tl.where(columns[None, :] < V, z, LOWEST)
-        peak = tl.maximum(reference, tl.max(z, 1) * scale)
-        z = tl.fma(z, scale, -peak[:, None])  # rounded once: exact where logits are large and close
+        peak = tl.maximum(reference, tl.max(z, 1))
+        z = (z - peak[:, None]) * scale
         p = tl.exp2(z)
-        drop = reference - peak
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(p * z, 1)
         total = fade * total + tl.sum(p, 1)
@@ -102,6 +104,7 @@ def token_logprob_fold_kernel(
 ):  # fmt: skip
     """partials (splits, 3, T), chosen (T,) -> log-probs, entropy, r and log2 s of the whole vocabulary, each (T,)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = inverse_temperature * LOG2_E
     reference = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS,), tl.float32)
@@ -113,15 +116,15 @@ def token_logprob_fold_kernel(
         s = tl.load(at + T, mask=inside, other=0.0)
         u = tl.load(at + 2 * T.to(tl.int64), mask=inside, other=0.0)
         peak = tl.maximum(reference, tl.max(r, 0))
-        r -= peak[None, :]
-        drop = reference - peak
+        r = (r - peak[None, :]) * scale
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(tl.exp2(r) * (u + r * s), 0)
         total = fade * total + tl.sum(tl.exp2(r) * s, 0)
         reference = peak
     log2_total = tl.log2(total)
     z = tl.load(chosen + rows, mask=rows < T, other=0.0)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -reference) - log2_total
+    log2_p = (z - reference) * scale - log2_total
     tl.store(logprobs + rows, log2_p * LN2, mask=rows < T)
     tl.store(entropy + rows, (log2_total - weighted / total) * LN2, mask=rows < T)  # a sum of numbers >= 0
     tl.store(reference_out + rows, reference, mask=rows < T)
@@ -153,7 +156,7 @@ def token_logprob_bwd_kernel(
     r = tl.load(reference + rows, mask=real, other=0.0)
     log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
     a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -r[:, None]) - log2_s[:, None]
+    log2_p = (z - r[:, None]) * (inverse_temperature * LOG2_E) - log2_s[:, None]
     d = tl.exp2(log2_p) * (a[:, None] + b[:, None] * log2_p)
     d += tl.where(columns[None, :] == target[:, None], c[:, None], 0.0)
     dz += rows.to(tl.int64)[:, None] * (stop - start) + (columns - start)[None, :]
@@ -172,7 +175,7 @@ def token_logprob_kept_kernel(
     kept_p = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
     tiles = tl.cdiv(V, COLUMNS)
     peak = tl.load(peaks + tl.cast(row, tl.int64) * tiles + columns // COLUMNS, mask=columns < V, other=0.0)
-    shift = peak - tl.load(reference + row) - tl.load(log2_total + row)
+    shift = (peak - tl.load(reference + row)) * (inverse_temperature * LOG2_E) - tl.load(log2_total + row)
     a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
     log2_p = tl.log2(tl.maximum(kept_p, 1e-38)) + shift  # where kept_p is 0, so is what this is multiplied by
     d = kept_p * tl.exp2(shift) * (a + b * log2_p) + tl.where(columns == tl.load(targets + row), c, 0.0)
