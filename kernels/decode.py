@@ -62,5 +62,5 @@ def decode(
         options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "shared": shared}
         return decode_triton.decode(q, k_pages, v_pages, page_table, lengths, deterministic=deterministic, **options)
     if deterministic:
-        raise ValueError("decode: deterministic needs the Triton kernels: plain PyTorch does not give attention's bits")
+        raise ValueError("decode: deterministic needs the Triton kernels, plain PyTorch has not the bits of attention")
     return decode_reference(q, k_pages, v_pages, page_table, lengths, scale=scale, window=window)
