@@ -95,7 +95,7 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "gfx942": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=1),
     },
     "decode_split/256": {
-        "sm_80": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=2),
+        "sm_80": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=2),
         "sm_90": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=3),
         "sm_100": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=3),
         "gfx942": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=1),
