@@ -12,6 +12,7 @@ so a group's prompt is computed once however many completions follow it. With up
 
 The backward pass computes the shares again.
 Least traffic: q, k, v in and o out, once. FLOPs forward: 4 E H per (query, key) pair; backward 2.5 times that.
+On a GPU attention_triton.py computes this; attention_reference says what it is.
 
 On a CPU what costs is many small calls, and PyTorch's own backward pass in bfloat16. So there the work is cut into
 units, at most QUERIES queries of one segment with all keys that they may see, and units of about the same size are

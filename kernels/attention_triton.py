@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-1e30)  # the maximum of nothing: finite, so that LOWEST -
 
 @triton.jit
 def _offsets(at, n, stride, prefix_at, own_at, behind):
-    """Where the tokens at the places at + n of a sequence begin, their rows `stride` numbers apart: int64, n's shape."""
+    """Where the tokens at places at + n of a sequence begin, tokens being `stride` numbers apart: int64, n's shape."""
     return (tl.where(at + n < behind, prefix_at, own_at) + at + n).to(tl.int64) * stride
 
 
@@ -180,7 +180,7 @@ def _dkv_block(
     k, v, dk, dv, q, d_out, lse, delta, q_stride, d_stride, query_at, count, at, position, keys, scale, window,
     E: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: what it adds to the gradients of the keys and values. Scores are [keys, queries].
+    """One block of queries of one head: what it adds to the gradients of keys and values. Scores are [keys, queries].
 
     Queries beyond the last one are zeros, and so is their gradient: they add nothing.
     """

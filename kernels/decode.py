@@ -6,7 +6,7 @@ Row b's keys are the first lengths[b] slots of its pages, in the order of its pa
 
 Rows may share pages (a group's prompt stands once). Within a page one head's tokens lie side by side, so that what a
 kernel reads at once, one head of one page, is one piece of memory. Least traffic: every page once, 2 K E numbers a
-token.
+token. On a GPU decode_triton.py computes this.
 """
 
 import torch
@@ -62,5 +62,5 @@ def decode(
         options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "shared": shared}
         return decode_triton.decode(q, k_pages, v_pages, page_table, lengths, deterministic=deterministic, **options)
     if deterministic:
-        raise ValueError("decode: only the Triton kernels give the bits of attention; on a CPU nothing does")
+        raise ValueError("decode: deterministic needs the Triton kernels, plain PyTorch has not the bits of attention")
     return decode_reference(q, k_pages, v_pages, page_table, lengths, scale=scale, window=window)

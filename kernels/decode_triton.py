@@ -5,10 +5,10 @@
     fold    per row and query head, over its pieces from the left:
                 m' = max(m, m_i)   l = 2^(m - m') l + 2^(m_i - m') l_i    and o likewise;     out = o / l
 
-The queries of a tile are the H / K heads of a group, of as many rows as there is room for, ROWS: rows that read the same
-pages in a piece stand in one tile and those pages are read once. `sharing` finds them, on the device, once a step: in
-each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile with the
-other queries empty, so its bits do not depend on its neighbours; neither do they on the number of pieces beside its own.
+The queries of a tile are the H / K heads of a group, of as many rows as there is room for, ROWS: rows that read the
+same pages in a piece stand in one tile, and those pages are read once. `sharing` finds them on the device, once a
+step: in each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile
+with the other queries empty, so its bits depend neither on its neighbours nor on how many pieces they have.
 
 Least traffic in bytes, b a number: b 2 K E a token in the cache, those in shared pages counted once, b 2 B H E for
 queries and outputs. Workspace: 4 (E + 2) B H a piece, written and read once, at SPLIT 256 less than a tenth of a row's
@@ -148,13 +148,12 @@ def decode_pieces(
     best, total = (q.new_empty(len(order), B, H, dtype=torch.float32) for _ in range(2))
     parts = q.new_empty(len(order), B, H, E, dtype=torch.float32)
     shape = dict(H=H, E=E, SPLIT=split_size(page_size), WINDOW=window is not None, enable_fp_fusion=False)
-    if B:
-        decode_split_kernel[len(order) * B * K,](
-            q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
-            page_table.stride(0), k_pages.stride(0), scale, window or 0,
-            K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
-        )  # fmt: skip
-        decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
+    decode_split_kernel[len(order) * B * K,](
+        q, k_pages, v_pages, page_table, lengths, order, rank, best, total, parts, B, q.stride(0),
+        page_table.stride(0), k_pages.stride(0), scale, window or 0,
+        K=K, PAGE=page_size, **shape, **config(tiling(E, q.dtype)),
+    )  # fmt: skip
+    decode_fold_kernel[B * H,](best, total, parts, out, lengths, B, window or 0, **shape, **config("decode_fold"))
     return out
 
 
@@ -187,6 +186,8 @@ def _(q, *_):
 def decode(q, k_pages, v_pages, page_table, lengths, *, scale: float, window, shared, deterministic: bool) -> Tensor:
     """See decode.py."""
     attention_triton.check(q, k_pages, v_pages, scale)
+    if not len(q):
+        return torch.empty_like(q)
     if deterministic:
         return decode_as_attention(q, k_pages, v_pages, page_table, lengths, scale, window)
     group, most = q.shape[1] // k_pages.shape[1], config(tiling(q.shape[2], q.dtype))["QUERIES"]

@@ -15,8 +15,7 @@ log-ratio, in a second its losses, for sequence ratios in a third its gradients;
 read in cache. A token's gradient has the same bits wherever its sequence stands and whatever else is in the pack.
 
 Bytes a token, floats of 4 bytes: mask 1; if it is live logprob 4, old 4, advantage 4, ref 4 (beta), entropy 4 (bonus or
-threshold); segment 8 (by sequence); gradient out 4, kept out 1 (threshold with bonus). The backward product: 4 in and
-4 out.
+threshold); segment 8 (by sequence); gradient out 4, kept out 1 (threshold with bonus). Backward product: 4 in, 4 out.
 """
 
 from types import FunctionType

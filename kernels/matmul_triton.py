@@ -71,7 +71,7 @@ def matmul_kernel(
 
 
 def rows_of(dtype: torch.dtype) -> str:
-    """Rows of the table of tiles for float32 have a name of their own: it takes more shared memory, and no tensor cores."""
+    """The table of tiles has rows of its own for float32, which takes more shared memory, and no tensor cores."""
     return "/float32" if dtype == torch.float32 else ""
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300X
 
 # Kernel -> target -> its constexpr tile sizes, and Triton's num_warps (of 32 threads, on gfx942 of 64) and num_stages
-# (how many steps of a loop are in flight). "/64" and the like behind a name: for heads of that size.
+# (how many steps of a loop are in flight). "/64" and the like behind a name: for heads of that size. "/float32": sums
+# that are not rounded to TF32 use no tensor cores, and take smaller tiles, by pointers: these need fewer registers.
 CONFIGS: dict[str, dict[str, dict]] = {
     "attention_fwd/64": {
         "sm_80": dict(QUERIES=128, KEYS=64, num_warps=8, num_stages=3),
@@ -94,17 +95,16 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "gfx942": dict(QUERIES=64, KEYS=64, num_warps=4, num_stages=1),
     },
     "decode_split/256": {
-        "sm_80": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=2),
+        "sm_80": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=2),
         "sm_90": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=3),
-        "sm_100": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=3),
+        "sm_100": dict(QUERIES=64, KEYS=32, num_warps=8, num_stages=3),
         "gfx942": dict(QUERIES=64, KEYS=32, num_warps=4, num_stages=1),
     },
     "decode_split/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/128/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/256/float32": dict.fromkeys(TARGETS, dict(QUERIES=16, KEYS=16, num_warps=8, num_stages=2)),
-    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=1, num_stages=1)),
-    # Sums in float32 without rounding to TF32 use no tensor cores: small tiles, and pointers, which take fewer registers.
-    "grpo_loss_tiles": dict.fromkeys(TARGETS, dict(TOKENS=256, num_warps=8, num_stages=1, enable_fp_fusion=False)),
+    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=8, num_warps=2, num_stages=1)),
+    "grpo_loss_tiles": dict.fromkeys(TARGETS, dict(TOKENS=256, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "grpo_loss_sums": dict.fromkeys(TARGETS, dict(TILES=1024, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "matmul": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
@@ -118,40 +118,40 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.forward": {
+    "token_logprob_fwd": {
         "sm_80": dict(ROWS=256, COLUMNS=128, DEPTH=32, GROUP=16, TMA=False, num_warps=8, num_stages=4),
         "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.forward/narrow": {
+    "token_logprob_fwd/narrow": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.forward/float32": {
+    "token_logprob_fwd/float32": {
         "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.fold": dict.fromkeys(TARGETS, dict(ROWS=32, SPLITS=32, num_warps=4, num_stages=1)),
-    "token_logprob.backward": {
+    "token_logprob_fold": dict.fromkeys(TARGETS, dict(ROWS=32, SPLITS=32, num_warps=4, num_stages=1)),
+    "token_logprob_bwd": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=256, DEPTH=64, GROUP=8, TMA=True, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.backward/float32": {
+    "token_logprob_bwd/float32": {
         "sm_80": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=3),
         "gfx942": dict(ROWS=64, COLUMNS=64, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=2),
     },
-    "token_logprob.kept": dict.fromkeys(TARGETS, dict(BLOCK=2048, num_warps=8, num_stages=1)),
-    "logits_logprob.forward": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=2)),
-    "logits_logprob.backward": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
+    "token_logprob_kept": dict.fromkeys(TARGETS, dict(BLOCK=2048, num_warps=8, num_stages=1)),
+    "logits_logprob_fwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=2)),
+    "logits_logprob_bwd": dict.fromkeys(TARGETS, dict(BLOCK=4096, num_warps=8, num_stages=1)),
 }
 
 interpreted_as: str | None = None  # tests: the target that the CPU stands in for, while an interpreter runs the kernels

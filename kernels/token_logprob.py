@@ -27,6 +27,7 @@ from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
 ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
 
 
@@ -59,6 +60,15 @@ def targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """The rows whose target stands in these columns, and where in them."""
     rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero()[:, 0]
     return rows, targets[rows] - columns.start
+
+
+def cuts(vocabulary: int, parts: int) -> list[int]:
+    """Where a vocabulary is cut for ranks to share it, into whole splits, as even as they get: parts + 1 numbers.
+
+    Rank r holds the rows from cuts[r] to cuts[r + 1]. Each part of 1, 2 or 4 is made of whole ones of twice as many.
+    """
+    splits = -(-vocabulary // SPLIT)
+    return [min(SPLIT * (i * splits // parts), vocabulary) for i in range(parts + 1)]
 
 
 class TiledTokenLogprob(torch.autograd.Function):
@@ -136,9 +146,9 @@ def token_logprob(
     hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
     deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
-    group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD is then this rank's
-        `shard` of it, and all ranks pass the same hidden states and targets, and get the same results: to the bit those
-        of one device. (d_hidden to the bit if deterministic.) On a GPU only.
+    group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
+        rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
+        bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
     Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
     if use_triton(hidden_TD):
@@ -159,14 +169,6 @@ def token_logprob(
     logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
-
-
-def shard(vocabulary: int, rank: int, ranks: int) -> slice:
-    """The rows of the head that a rank holds where ranks share the vocabulary: see `token_logprob`."""
-    from .token_logprob_triton import cuts
-
-    bounds = cuts(vocabulary, ranks)
-    return slice(bounds[rank], bounds[rank + 1])
 
 
 def token_logprob_sum(
@@ -203,7 +205,7 @@ def token_logprob_sum(
 
 
 def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):
-    """token_logprob for those who hold the logits: (T, V), read once forward; read and their gradient written backward."""
+    """token_logprob for those who hold the logits (T, V): read once forward; backward read, their gradient written."""
     if use_triton(logits_TV):
         check(logits_TV)
         from .logits_logprob_triton import logits_logprob_op

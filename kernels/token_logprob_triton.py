@@ -1,9 +1,11 @@
 """The Triton kernels of token_logprob.py, whose docstring has the formulas.
 
-Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time, and
-leaves three numbers a token (its partials), in units of log 2:
+Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time,
+and leaves three numbers a token (its partials), with d = (z - r) / (temperature ln 2) and z = x.w:
 
-    reference r = max z        total s = sum 2^(z - r)        weighted u = sum 2^(z - r) (z - r)        z = x.w / (T ln 2)
+    reference r = max z        total s = sum 2^d        weighted u = sum 2^d d
+
+The difference comes first: it is exact where it matters, so that a certain token has log-prob 0 and no entropy.
 
 A second kernel folds them. Nothing is locked or added atomically, and SPLIT does not depend on how many tokens there
 are: a token's bits depend on its own hidden state alone. Nor do they depend on how the vocabulary is dealt out to
@@ -28,9 +30,8 @@ from torch import Tensor
 
 from .matmul_triton import described, grouped, load_tile, matmul_op, rows_of, settled
 from .targets import config
+from .token_logprob import IGNORE, SPLIT, cuts
 
-IGNORE = -100  # token_logprob.py's
-SPLIT = 1024  # columns of the vocabulary per program, and the unit in which it is dealt out to devices
 CHUNK = 8 * SPLIT  # columns of dZ that are held at a time
 KEPT_ROWS = 1024  # tokens whose whole rows are held at a time, where gradients are computed in the forward pass
 SLABS = 8  # up to so many devices may share the vocabulary with the same bits in dX, too
@@ -44,7 +45,7 @@ def logits_tile(
     x, w, row, column, T, V, D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, else pointers."""
+    """X W^T in float32, (ROWS, COLUMNS), from this row and column on. x, w: tensor descriptors if TMA, or pointers."""
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, D, DEPTH):
         left = load_tile(x, row, k, T, D, D, ROWS, DEPTH, False, TMA, EVEN)
@@ -61,7 +62,7 @@ def token_logprob_fwd_kernel(
 ):  # fmt: skip
     """x (T, D), w (V, D), targets (T,) -> chosen (T,) the targets' logits, and partials (V / SPLIT, 3, T).
 
-    Only if kept (T, V) is given: there 2^(z - peak), and in peaks (T, V / COLUMNS) the peak of each tile.
+    Only if kept (T, V) is given: there 2^d relative to a peak, and in peaks (T, V / COLUMNS) the peak of each tile.
     """
     block, split = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(V, SPLIT), GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -74,14 +75,14 @@ def token_logprob_fwd_kernel(
         z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
         columns = first + tl.arange(0, COLUMNS)
         # The target's logit goes out at once, to where no other tile writes: nothing of it lives through the loop.
-        target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
+        target = tl.load(targets + rows, mask=real, other=-1)
         mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-        tl.store(chosen + rows, mine, mask=(target >= first) & (target < first + COLUMNS))
+        tl.store(chosen + rows, mine, mask=(target >= first) & (target < tl.minimum(first + COLUMNS, V)))
         z = tl.where(columns[None, :] < V, z, LOWEST)
-        peak = tl.maximum(reference, tl.max(z, 1) * scale)
-        z = tl.fma(z, scale, -peak[:, None])  # rounded once: exact where logits are large and close
+        peak = tl.maximum(reference, tl.max(z, 1))
+        z = (z - peak[:, None]) * scale
         p = tl.exp2(z)
-        drop = reference - peak
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(p * z, 1)
         total = fade * total + tl.sum(p, 1)
@@ -103,6 +104,7 @@ def token_logprob_fold_kernel(
 ):  # fmt: skip
     """partials (splits, 3, T), chosen (T,) -> log-probs, entropy, r and log2 s of the whole vocabulary, each (T,)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = inverse_temperature * LOG2_E
     reference = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS,), tl.float32)
@@ -114,15 +116,15 @@ def token_logprob_fold_kernel(
         s = tl.load(at + T, mask=inside, other=0.0)
         u = tl.load(at + 2 * T.to(tl.int64), mask=inside, other=0.0)
         peak = tl.maximum(reference, tl.max(r, 0))
-        r -= peak[None, :]
-        drop = reference - peak
+        r = (r - peak[None, :]) * scale
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(tl.exp2(r) * (u + r * s), 0)
         total = fade * total + tl.sum(tl.exp2(r) * s, 0)
         reference = peak
     log2_total = tl.log2(total)
     z = tl.load(chosen + rows, mask=rows < T, other=0.0)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -reference) - log2_total
+    log2_p = (z - reference) * scale - log2_total
     tl.store(logprobs + rows, log2_p * LN2, mask=rows < T)
     tl.store(entropy + rows, (log2_total - weighted / total) * LN2, mask=rows < T)  # a sum of numbers >= 0
     tl.store(reference_out + rows, reference, mask=rows < T)
@@ -144,17 +146,17 @@ def token_logprob_bwd_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dz (T, stop - start): the gradient of the logits of columns start to stop, before they are divided by anything."""
+    """dz (T, stop - start): the gradient of the logits of columns start to stop, not yet divided by anything."""
     block, other = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(stop - start, COLUMNS), GROUP)
     first = start + other * COLUMNS
     rows, columns = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, COLUMNS)
     z = logits_tile(x, w, block * ROWS, first, T, V, D, ROWS, COLUMNS, DEPTH, TMA, EVEN)
     real = rows < T
-    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)
+    target = tl.load(targets + rows, mask=real, other=-1)
     r = tl.load(reference + rows, mask=real, other=0.0)
     log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
     a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -r[:, None]) - log2_s[:, None]
+    log2_p = (z - r[:, None]) * (inverse_temperature * LOG2_E) - log2_s[:, None]
     d = tl.exp2(log2_p) * (a[:, None] + b[:, None] * log2_p)
     d += tl.where(columns[None, :] == target[:, None], c[:, None], 0.0)
     dz += rows.to(tl.int64)[:, None] * (stop - start) + (columns - start)[None, :]
@@ -173,7 +175,7 @@ def token_logprob_kept_kernel(
     kept_p = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
     tiles = tl.cdiv(V, COLUMNS)
     peak = tl.load(peaks + tl.cast(row, tl.int64) * tiles + columns // COLUMNS, mask=columns < V, other=0.0)
-    shift = peak - tl.load(reference + row) - tl.load(log2_total + row)
+    shift = (peak - tl.load(reference + row)) * (inverse_temperature * LOG2_E) - tl.load(log2_total + row)
     a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
     log2_p = tl.log2(tl.maximum(kept_p, 1e-38)) + shift  # where kept_p is 0, so is what this is multiplied by
     d = kept_p * tl.exp2(shift) * (a + b * log2_p) + tl.where(columns == tl.load(targets + row), c, 0.0)
@@ -186,8 +188,8 @@ def token_logprob_kept_kernel(
 def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
     """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
     for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
-    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 512)
-    return f"token_logprob.forward{'/narrow' if narrow else rows_of(hidden.dtype)}"
+    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 256)
+    return f"token_logprob_fwd{'/narrow' if narrow else rows_of(hidden.dtype)}"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> None:
@@ -208,14 +210,14 @@ def launch_forward(hidden, weight, targets, temperature, kept=None):
     chosen = torch.full((T,), torch.nan, dtype=torch.float32, device=hidden.device)
     partials = chosen.new_empty(triton.cdiv(V, SPLIT), 3, T)
     peaks = None if kept is None else chosen.new_empty(T, triton.cdiv(V, config(row)["COLUMNS"]))
-    rest = targets, chosen, partials, kept, peaks, T, V, D, 1 / temperature
+    rest = targets.int(), chosen, partials, kept, peaks, T, V, D, 1 / temperature
     launch_tiles(token_logprob_fwd_kernel, row, settled(hidden), settled(weight), V, *rest, SPLIT=SPLIT)
     return chosen, partials, peaks
 
 
 def launch_fold(chosen, partials, temperature) -> Tensor:
     """-> (4, T): log-probs, entropy, reference, log2_total."""
-    out, tiles = aligned_rows(len(chosen), chosen.device), config("token_logprob.fold")
+    out, tiles = aligned_rows(len(chosen), chosen.device), config("token_logprob_fold")
     rest = *out, len(chosen), len(partials), 1 / temperature
     grid = (triton.cdiv(len(chosen), tiles["ROWS"]),)
     token_logprob_fold_kernel[grid](partials, chosen, *rest, enable_fp_fusion=False, **tiles)
@@ -243,15 +245,6 @@ def select(rows: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [x if len(rows) == len(x) else x.index_select(0, rows) for x in tensors]
 
 
-def cuts(vocabulary: int, parts: int) -> list[int]:
-    """Where a vocabulary is cut into parts of whole splits, as even as they get: parts + 1 numbers.
-
-    Each part of 1, 2 or 4 is made of whole ones of the next finer cut.
-    """
-    splits = triton.cdiv(vocabulary, SPLIT)
-    return [min(SPLIT * (i * splits // parts), vocabulary) for i in range(parts + 1)]
-
-
 def pairwise_sum(part, first: int, stop: int) -> Tensor:
     """part(first) + ... + part(stop - 1) as a binary tree, whose halves are the sums that fewer devices would have."""
     if stop - first == 1:
@@ -267,12 +260,12 @@ def gradients(hidden, weight, targets, out, upstream, temperature, deterministic
     of dX are summed as a tree.
     """
     live = ((targets != IGNORE) & (upstream[:2] != 0).any(0)).nonzero()[:, 0]
-    columns = (targets, out[2], out[3], out[1], upstream[0], upstream[1])
+    columns = (targets.int(), out[2], out[3], out[1], upstream[0], upstream[1])
     x, *vectors = select(live, settled(hidden), *columns)
     weight, vectors, (T, D), V = settled(weight), [settled(v) for v in vectors], x.shape, len(weight)
     d_weight = (torch.empty_like if T else torch.zeros_like)(weight) if needs[1] else None
     buffer = x.new_empty(T * min(CHUNK, V))
-    row = f"token_logprob.backward{rows_of(x.dtype)}"
+    row = f"token_logprob_bwd{rows_of(x.dtype)}"
 
     def slab(i: int) -> Tensor:
         part = x.new_zeros((T, D), dtype=torch.float32)
@@ -287,11 +280,10 @@ def gradients(hidden, weight, targets, out, upstream, temperature, deterministic
                 d_weight[start:stop] = add_product(None, dz.t(), x, deterministic)
         return part
 
-    d_hidden = pairwise_sum(slab, 0, len(bounds) - 1) if T else None
-    if not needs[0] or T == len(hidden):
-        return d_hidden, d_weight
-    zeros = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    return zeros if d_hidden is None else zeros.index_copy_(0, live, d_hidden), d_weight
+    d_hidden = pairwise_sum(slab, 0, len(bounds) - 1) if T else x.float()
+    if needs[0] and T < len(hidden):
+        d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, live, d_hidden)
+    return d_hidden, d_weight
 
 
 @torch.library.custom_op("minitrl::token_logprob", mutates_args=())
@@ -303,7 +295,7 @@ def token_logprob_op(
     scored = (targets != IGNORE).nonzero()[:, 0]
     if len(scored):
         some_hidden, some_targets = select(scored, hidden, targets)
-        chosen, partials, _ = launch_forward(some_hidden, weight, settled(some_targets), temperature)
+        chosen, partials, _ = launch_forward(some_hidden, weight, some_targets, temperature)
         out[:, scored] = launch_fold(chosen, partials, temperature)
     return out
 
@@ -351,12 +343,11 @@ def token_logprob_sum_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, g: Tensor, h: Tensor, temperature: float, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> sum(g log-probs + h entropy), the (4, T) of token_logprob, and the sum's gradients dX and dW."""
-    scored = targets != IGNORE
-    live = (scored & ((g != 0) | (h != 0))).nonzero()[:, 0]
+    live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
     d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
-    weight, V, tiles = settled(weight), len(weight), config("token_logprob.kept")
-    for some in live.split(KEPT_ROWS):
+    weight, V, tiles = settled(weight), len(weight), config("token_logprob_kept")
+    for some in (live[i : i + KEPT_ROWS] for i in range(0, len(live), KEPT_ROWS)):
         x, y = settled(hidden[some]), targets[some]
         kept = x.new_empty(len(some), V)
         chosen, partials, peaks = launch_forward(x, weight, y, temperature, kept)
@@ -367,8 +358,8 @@ def token_logprob_sum_op(
         )  # fmt: skip
         d_hidden[some] = add_product(None, kept, weight, deterministic).to(hidden.dtype)
         add_product(d_weight, kept.t(), x, deterministic)
-    terms = g * out[0] + h * out[1]
-    return torch.where(scored, terms, 0).sum(), out, d_hidden, d_weight.to(weight.dtype)
+    total = (g * out[0] + h * out[1])[live].sum()  # what is not live may be NaN
+    return total, out, d_hidden, d_weight.to(weight.dtype)
 
 
 @token_logprob_sum_op.register_fake
@@ -413,7 +404,7 @@ class ShardedTokenLogprob(torch.autograd.Function):
             mine = chosen.new_zeros(1 + 3 * most, len(scored))
             mine[0], mine[1 : 1 + 3 * len(partials)] = chosen, partials.flatten(0, 1)
             everyone = chosen.new_empty(ranks, *mine.shape)
-            torch.distributed.all_gather_into_tensor(everyone, mine, group=group)
+            torch.distributed.all_gather([*everyone], mine, group=group)
             splits = [triton.cdiv(stop - start, SPLIT) for start, stop in pairwise(bounds)]
             partials = torch.cat([part[1 : 1 + 3 * n] for part, n in zip(everyone, splits)]).unflatten(0, (-1, 3))
             owners = torch.bucketize(targets_some, targets.new_tensor(bounds[1:-1]), right=True)
@@ -439,7 +430,7 @@ class ShardedTokenLogprob(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             parts = d_hidden.new_empty(ranks, *d_hidden.shape)
             if deterministic:
-                torch.distributed.all_gather_into_tensor(parts, d_hidden, group=group)
+                torch.distributed.all_gather([*parts], d_hidden, group=group)
                 d_hidden = pairwise_sum(parts.__getitem__, 0, ranks)
             else:
                 torch.distributed.all_reduce(d_hidden, group=group)

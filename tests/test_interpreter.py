@@ -132,12 +132,16 @@ def neighbour_kernel(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def reread_kernel(x, READERS: tl.constexpr):
-    """Two programs read before the first of them writes: the last reader is not the only one."""
-    i = tl.program_id(0)
+def reread_kernel(x, WRITER: tl.constexpr):
+    """All read, and the one that writes is itself among the readers, as the first or as the last."""
     value = tl.load(x)
-    if i == READERS - 1:
+    if tl.program_id(0) == WRITER:
         tl.store(x, value)
+
+
+@triton.jit
+def overwrite_kernel(x):
+    tl.store(x, tl.program_id(0).to(tl.float32))
 
 
 @triton.jit
@@ -155,8 +159,11 @@ def test_races(schedule):
             accumulate_kernel[(8,)](x, torch.zeros(1), True)
         with pytest.raises(Race, match="'x': (overwrites what program . reads|reads what program . writes)"):
             neighbour_kernel[(2,)](x, 1)
-        with pytest.raises(Race, match="'x': (overwrites what program . reads|reads what program . writes)"):
-            reread_kernel[(3,)](x, 3)
+        for writer in (0, 2):
+            with pytest.raises(Race, match="'x': (overwrites what program . reads|reads what program . writes)"):
+                reread_kernel[(3,)](x, writer)
+        with pytest.raises(Race, match="'x': writes what program . writes"):
+            overwrite_kernel[(2,)](x)
         with pytest.raises(Race, match="twice"):
             scatter_kernel[(1,)](x, torch.tensor([0, 1, 2, 1]))
         scatter_kernel[(1,)](x, torch.tensor([3, 1, 2, 0]))
@@ -283,6 +290,22 @@ def test_bfloat16_arithmetic():
     with interpreted():
         arithmetic_kernel[(1,)](x, y, out, 512)
     assert torch.equal(out, torch.where(x > y, x * y, (x + x) - y))
+
+
+@triton.jit
+def fma_kernel(x, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    a = tl.load(x + at)
+    tl.store(out + at, tl.fma(a, a, -(a * a)))
+
+
+def test_fma_rounds_once():
+    """So that a product minus itself, rounded, leaves the rounding."""
+    torch.manual_seed(0)
+    x, out = torch.randn(256), torch.empty(256)
+    with interpreted():
+        fma_kernel[(1,)](x, out, 256)
+    assert torch.equal(out, (x.double() ** 2 - (x * x)).float()) and out.count_nonzero() > 200
 
 
 @triton.jit
