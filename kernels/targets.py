@@ -125,6 +125,12 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
     "token_logprob_fwd/narrow": {
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=32, TMA=False, num_warps=4, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=4, num_stages=2),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fwd/kept": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
