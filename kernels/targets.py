@@ -102,7 +102,7 @@ CONFIGS: dict[str, dict[str, dict]] = {
     "decode_split/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/128/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/256/float32": dict.fromkeys(TARGETS, dict(QUERIES=16, KEYS=16, num_warps=8, num_stages=2)),
-    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=1, num_stages=1)),
+    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=2, num_stages=1)),
     # Sums in float32 without rounding to TF32 use no tensor cores: small tiles, and pointers, which take fewer registers.
     "matmul": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=8, TMA=False, num_warps=8, num_stages=4),
