@@ -18,7 +18,7 @@ several devices, if each has whole splits, the last one excepted: the partials a
                           and two library products with dZ, accumulated in float32, follow     4 T V D FLOPs
 
 Where the loss is known to be sum_t (g_t log-prob_t + h_t entropy_t) before the forward pass, tiles are computed once:
-token_logprob_fwd keeps exp(z - r) of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
+token_logprob_fwd keeps 2^d of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
 """
 
 from itertools import pairwise
@@ -319,8 +319,8 @@ def token_logprob_backward_op(
 
 @token_logprob_backward_op.register_fake
 def _(hidden, weight, targets, saved, upstream, temperature, deterministic, needs_hidden, needs_weight):
-    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    return d_hidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    needed = (hidden, needs_hidden), (weight, needs_weight)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in needed)
 
 
 def _save(ctx, inputs, output):
@@ -345,7 +345,7 @@ def token_logprob_sum_op(
     """-> sum(g log-probs + h entropy), the (4, T) of token_logprob, and the sum's gradients dX and dW."""
     live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
-    d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
+    d_hidden, d_weight = hidden.new_zeros(hidden.shape), weight.new_zeros(weight.shape, dtype=torch.float32)
     weight, V, tiles = settled(weight), len(weight), config("token_logprob_kept")
     for some in (live[i : i + KEPT_ROWS] for i in range(0, len(live), KEPT_ROWS)):
         x, y = settled(hidden[some]), targets[some]
@@ -365,7 +365,7 @@ def token_logprob_sum_op(
 @token_logprob_sum_op.register_fake
 def _(hidden, weight, targets, g, h, temperature, deterministic):
     out = hidden.new_empty((4, len(targets)), dtype=torch.float32)
-    return out.new_empty(()), out, torch.empty_like(hidden), torch.empty_like(weight)
+    return out.new_empty(()), out, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def _save_sum(ctx, inputs, output):
@@ -380,6 +380,12 @@ def _backward_sum(ctx, upstream, *_):
 token_logprob_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
+def local_targets(targets: Tensor, first: int, stop: int) -> Tensor:
+    """Targets counted from a shard's first row; -1 for those of other shards, and IGNORE as it is."""
+    local = torch.where((targets >= first) & (targets < stop), targets - first, -1)
+    return local.masked_fill(targets == IGNORE, IGNORE)
+
+
 class ShardedTokenLogprob(torch.autograd.Function):
     """token_logprob of one of the ranks that share the vocabulary. All have the same hidden states and targets.
 
@@ -392,11 +398,13 @@ class ShardedTokenLogprob(torch.autograd.Function):
         bounds = cuts(vocabulary, ranks)
         if len(shard) != bounds[rank + 1] - bounds[rank]:
             raise ValueError(f"rank {rank} of {ranks} holds {len(shard)} rows of a vocabulary cut at {bounds}")
+        if min(stop - start for start, stop in pairwise(bounds)) == 0:
+            raise ValueError(f"a vocabulary of {vocabulary} cannot be shared by {ranks} ranks in pieces of {SPLIT}")
         if deterministic and SLABS % ranks:
             raise ValueError(f"the deterministic mode shares a vocabulary among 1, 2, 4 or {SLABS} ranks, not {ranks}")
         scored = (targets != IGNORE).nonzero()[:, 0]
         hidden_some, targets_some = select(scored, hidden, targets)
-        local = torch.where(targets_some < bounds[rank + 1], targets_some - bounds[rank], -1)
+        local = local_targets(targets_some, bounds[rank], bounds[rank + 1])
         out = torch.zeros(4, len(targets), dtype=torch.float32, device=hidden.device)
         if len(scored):
             chosen, partials, _ = launch_forward(hidden_some, shard, local, temperature)
@@ -422,14 +430,14 @@ class ShardedTokenLogprob(torch.autograd.Function):
         finest = cuts(vocabulary, SLABS if deterministic else ranks)
         each = (len(finest) - 1) // ranks
         bounds = finest[rank * each : (rank + 1) * each + 1]
-        local = torch.where(targets < bounds[-1], targets - bounds[0], -1).masked_fill(targets == IGNORE, IGNORE)
+        local = local_targets(targets, bounds[0], bounds[-1])
         d_hidden, d_shard = gradients(
             hidden, shard, local, out, upstream, temperature, deterministic, ctx.needs_input_grad[:2],
             [bound - bounds[0] for bound in bounds],
         )  # fmt: skip
         if ctx.needs_input_grad[0]:
-            parts = d_hidden.new_empty(ranks, *d_hidden.shape)
             if deterministic:
+                parts = d_hidden.new_empty(ranks, *d_hidden.shape)
                 torch.distributed.all_gather([*parts], d_hidden, group=group)
                 d_hidden = pairwise_sum(parts.__getitem__, 0, ranks)
             else:

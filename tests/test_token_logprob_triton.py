@@ -249,7 +249,10 @@ def rank_of_group(given: dict, vocabulary: int, expected: dict):
 def test_ranks_that_share_the_vocabulary(ranks):
     """1 = 2 = 4 to the bit: log-probs, entropies, dW, and in the deterministic mode dX."""
     vocabulary = 5 * SPLIT + 77  # 6 splits: 1 or 2 a rank of 4
-    given = inputs(40, vocabulary, 16, torch.bfloat16)
+    given = inputs(40, vocabulary, 16, torch.bfloat16, ignored=0.1)
+    bounds = torch.tensor(cuts(vocabulary, ranks))
+    given["targets"][: ranks + 1] = (bounds + IGNORE).clamp(min=0)  # counted from a rank's first row, these are IGNORE
+    given["upstream"][:, : ranks + 1] = 1.0
     run_processes(rank_of_group, ranks, given, vocabulary, on_gpu(deterministic)(given))
 
 
@@ -269,6 +272,8 @@ def test_ranks_with_the_wrong_rows_or_no_kernels_are_told():
 
     given = inputs(3, 2000, 8, torch.bfloat16)
     args = given["hidden"], given["weight"], given["targets"]
+    with interpreted(), pytest.raises(ValueError, match="1000 cannot be shared by 2 ranks in pieces of 1024"):
+        token_logprob(args[0], args[1][:0], args[2], vocabulary=1000, group=Group)
     with (
         interpreted(),
         pytest.raises(ValueError, match=r"rank 0 of 2 holds 2000 rows of a vocabulary cut at \[0, 1024"),
