@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and kernels/README.md from committed results and the code: `python -m benchmarks.readme`.
+"""Fill the tables of README.md and kernels/README.md from committed results and code: `python -m benchmarks.readme`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
