@@ -201,16 +201,29 @@ def measure(case, dtype, device: str, limit: tuple[float, float], rounds: int) -
             wrong = complaint(answer(way, inputs, case.leaves), ordinary, truth, dtype)
             if wrong is None:
                 functions |= {(name, part): function for part, function in parts(way, inputs, case.leaves).items()}
+                if device != "cpu":  # one way at a time: what it keeps for its backward pass is gone before the next
+                    rows += timed(names, timed_on_gpu(functions), functions, needs(case, dtype), limit, device)
         except Exception as error:  # peers fail in many ways; the row says how
             wrong = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         if wrong is not None:
             rows.append(names | {"way": name, "not_timed": wrong})
-    times = timed_on_cpu(functions, rounds) if device == "cpu" else timed_on_gpu(functions)
+        if device != "cpu":
+            functions.clear()
+            torch.cuda.empty_cache()
+    if device == "cpu":
+        rows += timed(names, timed_on_cpu(functions, rounds), functions, needs(case, dtype), limit, device)
+    return rows
+
+
+def timed(
+    names: dict, times: dict, functions: dict, least: dict, limit: tuple[float, float], device: str
+) -> list[dict]:
+    """The rows of what was timed."""
+    rows = []
     for (name, part), (median, low, high) in times.items():
+        fastest, why = bound(*least[part], *limit)
         row = names | {"way": name, "part": part, "ms": median, "ms_20": low, "ms_80": high}
-        least, why = bound(*needs(case, dtype)[part], *limit)
-        row |= {"share": least / median, "bound": why, "peak_bytes": peak(functions[name, part], device)}
-        rows.append(row)
+        rows.append(row | {"share": fastest / median, "bound": why, "peak_bytes": peak(functions[name, part], device)})
     return rows
 
 
@@ -303,6 +316,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="on a CPU: how often each way is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     options = parser.parse_args()
+    if os.environ.get("MINITRL_KERNELS"):
+        raise SystemExit("MINITRL_KERNELS is set: unset it, or plain PyTorch would be timed under the kernels' name")
     torch.set_num_threads(options.threads)
     torch._functorch.config.donated_buffer = False  # torch.compile's backward pass is run again and again
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # says where the reference breaks its graph
@@ -316,7 +331,9 @@ def main() -> None:
         value["predicted"] = predictions([c for c in kernel_cases.cases(True) if c.op in options.op], dtypes)
         print(predicted_table(value["predicted"]), known_without_gpu(), sep="\n\n", end="\n\n", flush=True)
     else:
-        value["triton"] = __import__("triton").__version__
+        import triton
+
+        value["triton"] = triton.__version__
     for dtype in dtypes:
         limit = limits(device, dtype)
         value["limits"][str(dtype)] = limit
@@ -327,8 +344,9 @@ def main() -> None:
             for row in measure(case, dtype, device, limit, options.rounds):
                 value["rows"].append(row | ({} if gpu else {"load_average": os.getloadavg()[0]}))
                 print(line(row), flush=True)
+            if options.op == ops:  # what is done is kept
+                (RESULTS / f"kernels_{name}.json").write_text(json.dumps(value).replace('{"op"', '\n{"op"') + "\n")
     if options.op == ops:
-        (RESULTS / f"kernels_{name}.json").write_text(json.dumps(value).replace('{"op"', '\n{"op"') + "\n")
         try:
             draw(value["rows"], name)
         except ModuleNotFoundError:

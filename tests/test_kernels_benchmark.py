@@ -76,6 +76,7 @@ def test_bounds():
 def test_pictures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(kernels, "RESULTS", tmp_path)
-    names = {"op": "matmul", "dtype": "float32", "part": "both", "way": "minitrl", "ms": 2.0, "ms_20": 1.0, "ms_80": 3.0}
+    names = {"op": "matmul", "dtype": "float32", "part": "both", "way": "minitrl"}
+    names |= {"ms": 2.0, "ms_20": 1.0, "ms_80": 3.0}
     kernels.draw([names | {"shape": f"M {m}, N 5, K 6", "size": m} for m in (1, 10)], "here")
     assert (tmp_path / "kernels_here_matmul.svg").read_text().count("<svg") == 1
