@@ -48,11 +48,19 @@ def logits_logprob(dtype, rows):
 
 
 def matmul(dtype, rows):
+    """X W^T and dY W, of which a row belongs to a token."""
     from minitrl.kernels.matmul import matmul as op
 
-    x, weight = (torch.randn(n, 256, dtype=dtype, requires_grad=True) for n in (rows, 512))
+    x, weight = torch.randn(rows, 256, dtype=dtype, requires_grad=True), torch.randn(512, 256, dtype=dtype)
     out = op(x, weight.t())
     out.backward(torch.ones_like(out))
+
+
+def matmul_weight(dtype, rows):
+    """dY^T X, a sum over tokens: in another batch it is another sum, and may take another binary."""
+    from minitrl.kernels.matmul import matmul as op
+
+    op(torch.randn(64, 512, dtype=dtype).t(), torch.randn(64, 256, dtype=dtype))
 
 
 def decode(size: int, deterministic: bool = False) -> Callable:
@@ -93,6 +101,7 @@ def cases() -> dict[str, Callable[[torch.dtype, int], None]]:
         "token_logprob known": token_logprob(1024, known=True),
         "logits_logprob": logits_logprob,
         "matmul": matmul,
+        "matmul dW": matmul_weight,
         "grpo_loss": grpo_loss(),
         "grpo_loss all": grpo_loss(beta=0.1, entropy_coef=0.1, entropy_threshold=0.5, delta=2.0),
         "grpo_loss by length": grpo_loss(loss_type="grpo"),

@@ -1,4 +1,4 @@
-"""Fill the README's tables from the committed results and from the code itself: `python -m benchmarks.readme`.
+"""Fill the tables of README.md and kernels/README.md from committed results and code: `python -m benchmarks.readme`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -9,7 +9,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
+from benchmarks import kernel_cases, kernels
 from minitrl import grpo
+from minitrl.kernels.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,7 +21,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 READING_ORDER = (
     "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py "
     "kernels/token_logprob.py kernels/attention.py kernels/linear.py minitrl/rollout.py kernels/decode.py "
-    "minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py "
+    "kernels/targets.py kernels/grpo_loss_triton.py kernels/token_logprob_triton.py kernels/logits_logprob_triton.py "
+    "kernels/attention_triton.py kernels/decode_triton.py kernels/matmul.py kernels/matmul_triton.py "
+    "minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py minitrl/console.py "
     "minitrl/distributed.py minitrl/checkpoint.py minitrl/tokenizer.py minitrl/config.py minitrl/toy.py"
 ).split()
 
@@ -92,15 +98,17 @@ def grpo_step() -> str:
     rows = []
     for row in result("grpo_step")["rows"]:
         limit = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "–"
-        rows.append([
-            row["section"],
-            row["dtype"],
-            f"{row['ours_median']:.2f} s",
-            f"{row['theirs_median']:.2f} s ({peers[row['section']]})",
-            f"**{row['times_as_fast']:.2f}**",
-            f"{row['ours_peak_gib']:.2f} / {row['theirs_peak_gib']:.2f} GiB",
-            limit,
-        ])
+        rows.append(
+            [
+                row["section"],
+                row["dtype"],
+                f"{row['ours_median']:.2f} s",
+                f"{row['theirs_median']:.2f} s ({peers[row['section']]})",
+                f"**{row['times_as_fast']:.2f}**",
+                f"{row['ours_peak_gib']:.2f} / {row['theirs_peak_gib']:.2f} GiB",
+                limit,
+            ]
+        )
     head = ["work", "dtype", "minitrl", "peer", "times as fast", "peak memory", "share of the fastest product's rate"]
     return markdown(head, rows)
 
@@ -135,6 +143,67 @@ def tests() -> str:
     return markdown(["file", "what it proves"], [[f"[{path}]({path})", first_sentence(path)] for path in paths])
 
 
+def kernel_bytes() -> str:
+    """Every kernel's traffic, ours and the peers'."""
+    rows = []
+    for row in result("kernel_bytes")["rows"]:
+        moved = [f"{row[kind] / 1e6:.2f}" for kind in ("requested", "touched", "least")]
+        share = f"{row['touched'] / row['least']:.3f}"
+        rows.append([row["whose"], f"`{row['kernel']}`", row["shape"], *moved, share, f"{row['workspace'] / 1e6:.2f}"])
+    head = ["whose", "kernel", "shape", "requested", "touched", "least", "touched / least", "workspace"]
+    return markdown(head, rows)
+
+
+def kernel_compile() -> str:
+    """Registers, spills, resident blocks and matrix instructions by target."""
+    found = {}
+    for row in result("compile")["rows"]:
+        if row["dtype"] == "bfloat16":
+            cell = f"{row['registers']} / {row['spills']} / {row['blocks']} / {row['mma']}"
+            found.setdefault((row["kernel"], row["case"]), {})[row["target"]] = cell
+    rows = [[f"`{kernel}`", case, *(cells.get(t, "–") for t in TARGETS)] for (kernel, case), cells in found.items()]
+    return markdown(["kernel", "case", *TARGETS], rows) + f"\n\nTriton {result('compile')['triton']}"
+
+
+def kernel_peers() -> str:
+    rows = []
+    for row in result("compile")["peers"]:
+        cells = row["registers, spills"]
+        rows.append([row["kernel"], *("{} / {}".format(*cells[t]) if t in cells else "–" for t in TARGETS[:3])])
+    return markdown(["kernel", *TARGETS[:3]], rows)
+
+
+def kernel_bounds() -> str:
+    """By formula: what benchmarks/kernels.py predicts for the shapes that it times on a GPU."""
+    rows = []
+    for row in kernels.predictions(kernel_cases.cases(True), [torch.bfloat16]):
+        if row["part"] == ("forward" if row["op"] == "decode" else "both"):
+            times = [f"{1000 * row[gpu]:,.1f}" for gpu in kernels.GPUS]
+            rows.append([row["op"], row["shape"], f"{row['bytes'] / 1e6:,.1f}", f"{row['flops'] / 1e9:,.1f}", *times])
+    return markdown(["op", "shape", "MB", "GFLOP", *kernels.GPUS], rows)
+
+
+def kernel_times(names: list[str]) -> str:
+    """Forward and backward by every way; decoding, forward."""
+    rows = []
+    for row in (row for name in names for row in result(name)["rows"]):
+        where = [row["op"], row["dtype"], row["shape"], row["way"]]
+        if "not_timed" in row:
+            rows.append([*where, f"not timed: {row['not_timed']}", "", ""])
+        elif row["part"] == ("forward" if row["op"] == "decode" else "both"):
+            memory = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"
+            spread = f"{row['ms']:.3f} ({row['ms_20']:.3f} to {row['ms_80']:.3f})"
+            rows.append([*where, spread, f"{row['share']:.0%} of {row['bound']}", memory])
+    head = ["op", "dtype", "shape", "way", "ms, median (20 to 80 %)", "share of the bound", "peak memory"]
+    commands = dict.fromkeys(f"`{result(name)['command']}` on {result(name)['device']}" for name in names)
+    return markdown(head, rows) + "\n\n" + ", ".join(commands)
+
+
+def kernel_gpus() -> str:
+    names = sorted(path.stem for path in RESULTS.glob("kernels_*.json") if path.stem != "kernels_cpu")
+    return kernel_times(names) if names else "*Not measured yet.*"
+
+
 TABLES = {
     "toy": lambda: curves("toy"),
     "chain_sum": lambda: curves("chain_sum"),
@@ -142,21 +211,31 @@ TABLES = {
     "files": files,
     "defaults": defaults,
     "tests": tests,
+    "kernel_bytes": kernel_bytes,
+    "kernel_compile": kernel_compile,
+    "kernel_peers": kernel_peers,
+    "kernel_bounds": kernel_bounds,
+    "kernel_gpus": kernel_gpus,
+    "kernel_cpu": lambda: kernel_times(["kernels_cpu"]),
 }
 
 
 def filled(text: str) -> str:
-    """The README with every table as it should be."""
+    """A README with every table as it should be."""
 
     def table(match: re.Match) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        try:
+            lines = TABLES[match[1]]()
+        except FileNotFoundError as error:
+            lines = f"*Not made yet: {Path(error.filename).name} is not there.*"
+        return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
+        path.write_text(filled(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-1e30)  # the maximum of nothing: finite, so that LOWEST -
 
 @triton.jit
 def _offsets(at, n, stride, prefix_at, own_at, behind):
-    """Where the tokens at places at + n of a sequence begin, their rows `stride` numbers apart: int64, n's shape."""
+    """Where the tokens at places at + n of a sequence begin, tokens being `stride` numbers apart: int64, n's shape."""
     return (tl.where(at + n < behind, prefix_at, own_at) + at + n).to(tl.int64) * stride
 
 

@@ -76,6 +76,6 @@ def decode(
         options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "window": window, "shared": layout}
         return decode_triton.decode(q, k_pages, v_pages, page_table, lengths, deterministic=deterministic, **options)
     if deterministic:
-        raise ValueError("decode: deterministic is for GPUs: only the Triton kernels have the bits of attention")
+        raise ValueError("decode: deterministic needs the Triton kernels, plain PyTorch has not the bits of attention")
     options = {"scale": scale, "window": window, "layout": layout}
     return decode_reference(q, k_pages, v_pages, page_table, lengths, **options)

@@ -6,9 +6,9 @@
                 m' = max(m, m_i)   l = 2^(m - m') l + 2^(m_i - m') l_i    and o likewise;     out = o / l
 
 The queries of a tile are the H / K heads of a group, of as many rows as there is room for, ROWS: rows that read the
-same pages in a piece stand in one tile and those pages are read once. `sharing` finds them, on the device, once a step:
-in each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile with the
-other queries empty, so its bits do not depend on its neighbours; nor do they on the number of pieces beside its own.
+same pages in a piece stand in one tile, and those pages are read once. `sharing` finds them on the device, once a
+step: in each piece it sorts the rows by their pages and numbers those that are alike. A row alone has the same tile
+with the other queries empty, so its bits depend neither on its neighbours nor on how many pieces they have.
 
 Least traffic in bytes, b a number: b 2 K E a token in the cache, those in shared pages counted once, b 2 B H E for
 queries and outputs. Workspace: 4 (E + 2) B H a piece, written and read once, at SPLIT 256 less than a tenth of a row's

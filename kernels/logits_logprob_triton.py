@@ -42,20 +42,20 @@ def logits_logprob_fwd_kernel(
             z = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
             z = tl.where(columns < V, z, LOWEST)
             z_chosen += tl.where(columns == target, z, 0.0)
-            peak = tl.maximum(r, z * scale)
-            drop = r - peak
-            z = tl.fma(z, scale, -peak)
+            peak = tl.maximum(r, z)
+            drop = (r - peak) * scale
+            z = (z - peak) * scale
             fade = tl.exp2(drop)
             p = tl.where(columns < V, tl.exp2(z), 0.0)
             u = fade * (u + drop * s) + p * z
             s = fade * s + p
             r = peak
         reference = tl.max(r, 0)
-        r -= reference
+        r = (r - reference) * scale
         total = tl.sum(tl.exp2(r) * s, 0)
         weighted = tl.sum(tl.exp2(r) * (u + r * s), 0)
         log2_total = tl.log2(total)
-        tl.store(logprobs + row, (tl.fma(tl.sum(z_chosen, 0), scale, -reference) - log2_total) * LN2)
+        tl.store(logprobs + row, ((tl.sum(z_chosen, 0) - reference) * scale - log2_total) * LN2)
         tl.store(entropy + row, (log2_total - weighted / total) * LN2)
         tl.store(reference_out + row, reference)
         tl.store(log2_total_out + row, log2_total)
@@ -77,7 +77,8 @@ def logits_logprob_bwd_kernel(
             at = logits + tl.cast(row, tl.int64) * row_stride + columns
             z = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
             a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
-            log2_p = tl.fma(z, inverse_temperature * LOG2_E, -tl.load(reference + row)) - tl.load(log2_total + row)
+            scale = inverse_temperature * LOG2_E
+            log2_p = (z - tl.load(reference + row)) * scale - tl.load(log2_total + row)
             d = tl.exp2(log2_p) * (a + b * log2_p) + tl.where(columns == target, c, 0.0)
     tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < V)
 

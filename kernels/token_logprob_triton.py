@@ -1,9 +1,11 @@
 """The Triton kernels of token_logprob.py, whose docstring has the formulas.
 
 Forward, one program computes ROWS tokens by one split of SPLIT columns of the vocabulary, a tile of logits at a time,
-and leaves three numbers a token (its partials), in units of log 2:
+and leaves three numbers a token (its partials), with d = (z - r) / (temperature ln 2) and z = x.w:
 
-    reference r = max z      total s = sum 2^(z - r)      weighted u = sum 2^(z - r) (z - r)      z = x.w / (T ln 2)
+    reference r = max z        total s = sum 2^d        weighted u = sum 2^d d
+
+The difference comes first: it is exact where it matters, so that a certain token has log-prob 0 and no entropy.
 
 A second kernel folds them. Nothing is locked or added atomically, and SPLIT does not depend on how many tokens there
 are: a token's bits depend on its own hidden state alone. Nor do they depend on how the vocabulary is dealt out to
@@ -16,7 +18,7 @@ several devices, if each has whole splits, the last one excepted: the partials a
                           and two library products with dZ, accumulated in float32, follow     4 T V D FLOPs
 
 Where the loss is known to be sum_t (g_t log-prob_t + h_t entropy_t) before the forward pass, tiles are computed once:
-token_logprob_fwd keeps exp(z - r) of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
+token_logprob_fwd keeps 2^d of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
 """
 
 from itertools import pairwise
@@ -60,7 +62,7 @@ def token_logprob_fwd_kernel(
 ):  # fmt: skip
     """x (T, D), w (V, D), targets (T,) -> chosen (T,) the targets' logits, and partials (V / SPLIT, 3, T).
 
-    Only if kept (T, V) is given: there 2^(z - peak), and in peaks (T, V / COLUMNS) the peak of each tile.
+    Only if kept (T, V) is given: there 2^d relative to a peak, and in peaks (T, V / COLUMNS) the peak of each tile.
     """
     block, split = grouped(tl.program_id(0), tl.cdiv(T, ROWS), tl.cdiv(V, SPLIT), GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -77,10 +79,10 @@ def token_logprob_fwd_kernel(
         mine = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         tl.store(chosen + rows, mine, mask=(target >= first) & (target < tl.minimum(first + COLUMNS, V)))
         z = tl.where(columns[None, :] < V, z, LOWEST)
-        peak = tl.maximum(reference, tl.max(z, 1) * scale)
-        z = tl.fma(z, scale, -peak[:, None])  # rounded once: exact where logits are large and close
+        peak = tl.maximum(reference, tl.max(z, 1))
+        z = (z - peak[:, None]) * scale
         p = tl.exp2(z)
-        drop = reference - peak
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(p * z, 1)
         total = fade * total + tl.sum(p, 1)
@@ -102,6 +104,7 @@ def token_logprob_fold_kernel(
 ):  # fmt: skip
     """partials (splits, 3, T), chosen (T,) -> log-probs, entropy, r and log2 s of the whole vocabulary, each (T,)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = inverse_temperature * LOG2_E
     reference = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS,), tl.float32)
@@ -113,15 +116,15 @@ def token_logprob_fold_kernel(
         s = tl.load(at + T, mask=inside, other=0.0)
         u = tl.load(at + 2 * T.to(tl.int64), mask=inside, other=0.0)
         peak = tl.maximum(reference, tl.max(r, 0))
-        r -= peak[None, :]
-        drop = reference - peak
+        r = (r - peak[None, :]) * scale
+        drop = (reference - peak) * scale
         fade = tl.exp2(drop)
         weighted = fade * (weighted + drop * total) + tl.sum(tl.exp2(r) * (u + r * s), 0)
         total = fade * total + tl.sum(tl.exp2(r) * s, 0)
         reference = peak
     log2_total = tl.log2(total)
     z = tl.load(chosen + rows, mask=rows < T, other=0.0)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -reference) - log2_total
+    log2_p = (z - reference) * scale - log2_total
     tl.store(logprobs + rows, log2_p * LN2, mask=rows < T)
     tl.store(entropy + rows, (log2_total - weighted / total) * LN2, mask=rows < T)  # a sum of numbers >= 0
     tl.store(reference_out + rows, reference, mask=rows < T)
@@ -153,7 +156,7 @@ def token_logprob_bwd_kernel(
     r = tl.load(reference + rows, mask=real, other=0.0)
     log2_s = tl.load(log2_total + rows, mask=real, other=0.0)
     a, b, c = upstream(rows, T, entropy, g, h, inverse_temperature)
-    log2_p = tl.fma(z, inverse_temperature * LOG2_E, -r[:, None]) - log2_s[:, None]
+    log2_p = (z - r[:, None]) * (inverse_temperature * LOG2_E) - log2_s[:, None]
     d = tl.exp2(log2_p) * (a[:, None] + b[:, None] * log2_p)
     d += tl.where(columns[None, :] == target[:, None], c[:, None], 0.0)
     dz += rows.to(tl.int64)[:, None] * (stop - start) + (columns - start)[None, :]
@@ -172,7 +175,7 @@ def token_logprob_kept_kernel(
     kept_p = tl.load(at, mask=columns < V, other=0.0).to(tl.float32)
     tiles = tl.cdiv(V, COLUMNS)
     peak = tl.load(peaks + tl.cast(row, tl.int64) * tiles + columns // COLUMNS, mask=columns < V, other=0.0)
-    shift = peak - tl.load(reference + row) - tl.load(log2_total + row)
+    shift = (peak - tl.load(reference + row)) * (inverse_temperature * LOG2_E) - tl.load(log2_total + row)
     a, b, c = upstream(row, T, entropy, g, h, inverse_temperature)
     log2_p = tl.log2(tl.maximum(kept_p, 1e-38)) + shift  # where kept_p is 0, so is what this is multiplied by
     d = kept_p * tl.exp2(shift) * (a + b * log2_p) + tl.where(columns == tl.load(targets + row), c, 0.0)
@@ -183,10 +186,13 @@ def token_logprob_kept_kernel(
 
 
 def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
-    """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
-    for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
-    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 256)
-    return f"token_logprob_fwd{'/narrow' if narrow else rows_of(hidden.dtype)}"
+    """The row of CONFIGS. Where a tile takes little time, for D is small, narrow ones leave room for two programs on a
+    processor: one computes logits while the other adds up exponentials. What is kept takes registers, too."""
+    if hidden.dtype == torch.float32:
+        return "token_logprob_fwd/float32"
+    if kept is not None:
+        return "token_logprob_fwd/kept"
+    return "token_logprob_fwd/narrow" if hidden.shape[1] <= 256 else "token_logprob_fwd"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> None:
@@ -316,8 +322,8 @@ def token_logprob_backward_op(
 
 @token_logprob_backward_op.register_fake
 def _(hidden, weight, targets, saved, upstream, temperature, deterministic, needs_hidden, needs_weight):
-    d_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    return d_hidden, torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    needed = (hidden, needs_hidden), (weight, needs_weight)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in needed)
 
 
 def _save(ctx, inputs, output):
@@ -342,7 +348,7 @@ def token_logprob_sum_op(
     """-> sum(g log-probs + h entropy), the (4, T) of token_logprob, and the sum's gradients dX and dW."""
     live = ((targets != IGNORE) & ((g != 0) | (h != 0))).nonzero()[:, 0]
     out = token_logprob_op(hidden, weight, targets.index_fill(0, live, IGNORE), temperature, deterministic)
-    d_hidden, d_weight = torch.zeros_like(hidden), weight.new_zeros(weight.shape, dtype=torch.float32)
+    d_hidden, d_weight = hidden.new_zeros(hidden.shape), weight.new_zeros(weight.shape, dtype=torch.float32)
     weight, V, tiles = settled(weight), len(weight), config("token_logprob_kept")
     for some in (live[i : i + KEPT_ROWS] for i in range(0, len(live), KEPT_ROWS)):
         x, y = settled(hidden[some]), targets[some]
@@ -362,7 +368,7 @@ def token_logprob_sum_op(
 @token_logprob_sum_op.register_fake
 def _(hidden, weight, targets, g, h, temperature, deterministic):
     out = hidden.new_empty((4, len(targets)), dtype=torch.float32)
-    return out.new_empty(()), out, torch.empty_like(hidden), torch.empty_like(weight)
+    return out.new_empty(()), out, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def _save_sum(ctx, inputs, output):
@@ -377,6 +383,12 @@ def _backward_sum(ctx, upstream, *_):
 token_logprob_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
+def local_targets(targets: Tensor, first: int, stop: int) -> Tensor:
+    """Targets counted from a shard's first row; -1 for those of other shards, and IGNORE as it is."""
+    local = torch.where((targets >= first) & (targets < stop), targets - first, -1)
+    return local.masked_fill(targets == IGNORE, IGNORE)
+
+
 class ShardedTokenLogprob(torch.autograd.Function):
     """token_logprob of one of the ranks that share the vocabulary. All have the same hidden states and targets.
 
@@ -389,11 +401,13 @@ class ShardedTokenLogprob(torch.autograd.Function):
         bounds = cuts(vocabulary, ranks)
         if len(shard) != bounds[rank + 1] - bounds[rank]:
             raise ValueError(f"rank {rank} of {ranks} holds {len(shard)} rows of a vocabulary cut at {bounds}")
+        if min(stop - start for start, stop in pairwise(bounds)) == 0:
+            raise ValueError(f"a vocabulary of {vocabulary} cannot be shared by {ranks} ranks in pieces of {SPLIT}")
         if deterministic and SLABS % ranks:
             raise ValueError(f"the deterministic mode shares a vocabulary among 1, 2, 4 or {SLABS} ranks, not {ranks}")
         scored = (targets != IGNORE).nonzero()[:, 0]
         hidden_some, targets_some = select(scored, hidden, targets)
-        local = torch.where(targets_some < bounds[rank + 1], targets_some - bounds[rank], -1)
+        local = local_targets(targets_some, bounds[rank], bounds[rank + 1])
         out = torch.zeros(4, len(targets), dtype=torch.float32, device=hidden.device)
         if len(scored):
             chosen, partials, _ = launch_forward(hidden_some, shard, local, temperature)
@@ -419,14 +433,14 @@ class ShardedTokenLogprob(torch.autograd.Function):
         finest = cuts(vocabulary, SLABS if deterministic else ranks)
         each = (len(finest) - 1) // ranks
         bounds = finest[rank * each : (rank + 1) * each + 1]
-        local = torch.where(targets < bounds[-1], targets - bounds[0], -1).masked_fill(targets == IGNORE, IGNORE)
+        local = local_targets(targets, bounds[0], bounds[-1])
         d_hidden, d_shard = gradients(
             hidden, shard, local, out, upstream, temperature, deterministic, ctx.needs_input_grad[:2],
             [bound - bounds[0] for bound in bounds],
         )  # fmt: skip
         if ctx.needs_input_grad[0]:
-            parts = d_hidden.new_empty(ranks, *d_hidden.shape)
             if deterministic:
+                parts = d_hidden.new_empty(ranks, *d_hidden.shape)
                 torch.distributed.all_gather([*parts], d_hidden, group=group)
                 d_hidden = pairwise_sum(parts.__getitem__, 0, ranks)
             else:

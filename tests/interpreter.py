@@ -274,12 +274,6 @@ def in_float32(method):
     return computed
 
 
-def _fma(x, y, z):
-    """x y + z rounded once, but for one case in 2^29: the product of two float32 is exact in float64."""
-    exact = np.float64 if z.data.dtype == np.float32 else z.data.dtype
-    return TensorHandle((x.data.astype(exact) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
-
-
 class Builder(stock.InterpreterBuilder):
     """Triton's interpreter of single operations, put right where it is wrong, and watched where it uses memory."""
 
@@ -287,7 +281,6 @@ class Builder(stock.InterpreterBuilder):
     strict = True
 
     unary_op = in_float32(stock.InterpreterBuilder.unary_op)
-    create_fma = in_float32(lambda self, x, y, z: _fma(x, y, z))
     create_clampf = in_float32(stock.InterpreterBuilder.create_clampf)
 
     @in_float32
@@ -298,6 +291,11 @@ class Builder(stock.InterpreterBuilder):
             if not np.array_equal(wide, result.data):
                 raise OverflowError(f"{self.launch.where()}: {wide.max()} in 32 bits")
         return result
+
+    @in_float32
+    def create_fma(self, x, y, z):
+        exact = np.float64 if z.data.dtype == np.float32 else z.data.dtype  # the product is, and the sum all but always
+        return TensorHandle((x.data.astype(exact) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
 
     def get_bf16(self, value):
         return narrow(TensorHandle(np.array([value], np.float32), tl.float32))

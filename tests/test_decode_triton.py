@@ -109,7 +109,7 @@ def test_bytes_touched_are_the_least_possible():
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_row_does_not_depend_on_the_rows_beside_it(window):
-    """Alone, in another order, beside longer rows, with its pages shared or copied, programs in any order: same bits."""
+    """Alone, in another order, beside longer rows, with shared pages, programs in any order: the same bits."""
     q, k, v, table, lengths = group()
     with interpreted():
         together = decode(q, k, v, table, lengths, window=window)
@@ -226,7 +226,8 @@ FAULTS = {
     "wrong head of the page": ("(kv_head * PAGE + keys % PAGE)", "(keys % PAGE)"),
     "the leader's pages for rows that only begin alike": ("(ordered[1:] == ordered[:-1]).all(-1)",
                                                           "(ordered[1:] == ordered[:-1]).any(-1)"),
-    "a row that ends within the piece joins": ("full, rows = lengths[:, None] >= ends", "full, rows = lengths[:, None] > 0 * ends"),
+    "a row that ends within the piece joins": ("full, rows = lengths[:, None] >= ends",
+                                               "full, rows = lengths[:, None] > 0 * ends"),
     "pieces not rescaled": ("acc * keep + tl.sum(o_pieces * share[:, None], 0)", "acc + tl.sum(o_pieces, 0)"),
     "the window's first piece": ("tl.maximum(length - window, 0) // SPLIT if WINDOW", "0 if WINDOW"),
     "the same row for all of a tile": ("row = tl.load(order + other,", "row = tl.load(order + place + 0 * other,"),

@@ -1,4 +1,4 @@
-"""The GRPO objective's kernel through the interpreter: as exact as PyTorch, each byte once, the same bits in any order."""
+"""The GRPO objective's kernel: as exact as PyTorch, each byte once, the same bits in any order."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import assert_as_exact_as_plain
 from faults import mutant, plant
-from interpreter import interpreted
+from interpreter import Race, interpreted
 from test_losses import CHOICES, LEVELS, MAX_LENGTH, batch, packed
 from torch import Tensor
 
@@ -22,7 +22,7 @@ FORMS = list(itertools.product(LOSS_TYPES, LEVELS))
 
 
 def given(lengths: list[int], dtype=torch.float32, seed: int = 0, filler: float = math.nan, prompt: int = 2) -> dict:
-    """Completions of these lengths, each behind a prompt that holds `filler`; every second number of a larger tensor."""
+    """Completions of these lengths, each behind a prompt that holds `filler`, in tensors whose numbers lie apart."""
     g = torch.Generator().manual_seed(seed + 1)
     segments_T = torch.tensor([2 * i + (t >= prompt) for i, n in enumerate(lengths) for t in range(prompt + n)]).long()
     sequence_T, mask_T, T = segments_T // 2, segments_T % 2 == 1, len(segments_T)
@@ -247,7 +247,7 @@ FAULTS = [  # in the kernel: what is right, what is wrong
     ("losses, by_ratio, straight = losses / length, by_ratio / length, straight / length", "losses = losses / length"),
     ("each = tl.sum(through) / length", "each = tl.sum(through)"),
     ("mean = tl.sum(total) / length", "mean = tl.sum(total)"),
-    ("end += tl.sum(ours.to(tl.int32))", "end += tl.sum(live.to(tl.int32))"),  # a sequence ends where a prompt does
+    ("other=-1) == segment", "other=-1) >= segment"),  # a sequence runs on into the next
     ("kept = live & (nats >= threshold)", "kept = live & (nats > threshold + 0.1)"),
     ("read(t, live, ref) - logprob", "logprob - read(t, live, ref)"),
     ("bonus / tokens", "bonus / divisor"),
@@ -260,8 +260,8 @@ FAULTS = [  # in the kernel: what is right, what is wrong
 
 
 def kernels() -> None:
-    check(given([250, 20, 4]), **options("grpo", "sequence"))
     check(given([9, 40]), **options("dr_grpo", "token"), tokens=70, sequences=3)
+    check(given([250, 20, 4]), **options("grpo", "sequence"))
 
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS, ids=[wrong for _, wrong in FAULTS])
@@ -269,7 +269,7 @@ def test_faults_in_the_kernel_are_seen(right, wrong, monkeypatch):
     operator = kernel.grpo_loss
     plant(monkeypatch, kernel, right, wrong)
     monkeypatch.setattr(kernel, "grpo_loss", operator)  # what it calls is faulty
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, Race)):
         kernels()
 
 
