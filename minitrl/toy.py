@@ -21,8 +21,8 @@ from .packing import pack_groups
 from .tokenizer import Tokenizer
 from .training import Optimizer
 
-LETTERS, LENGTH, END = "abcdefghij", 5, "<end>"
-SIZES = {"warm_up": 2000, "stop": 200, "train": 4000, "held_out": 256}  # words in each set, of 100,000
+LETTERS, LENGTH, END = "abcdef", 5, "<end>"
+SIZES = {"warm_up": 2000, "stop": 200, "train": 4000, "held_out": 256}  # words in each set, of 7,776
 
 # Options in place of grpo's defaults, which are for language models of a million times the size.
 PRESET = {
@@ -85,7 +85,7 @@ def make_model(seed: int, vocab_size: int) -> Model:
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
@@ -132,7 +132,7 @@ def _is_greedy(logits: Tensor, prompt: list[int], answer: list[int]) -> bool:
 
 
 def _word(number: int) -> str:
-    return "".join(LETTERS[int(digit)] for digit in f"{number:0{LENGTH}}")
+    return "".join(LETTERS[number // len(LETTERS) ** place % len(LETTERS)] for place in range(LENGTH))
 
 
 def _prompt(tokenizer: Tokenizer, word: str) -> list[int]:
