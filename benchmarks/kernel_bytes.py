@@ -192,7 +192,7 @@ def attention(target: str) -> list[dict]:
     return attend(target, "T 1208 in 6, heads 9/3 x 64, bfloat16", lengths, [-1] * 6, 9, 3, 64)
 
 
-def shared_prefix(target: str, prompt=1024, answer=256, group=8, H=3, K=1, E=64) -> list[dict]:
+def shared_prefix(target: str, prompt=1024, answer=256, group=8, H=2, K=1, E=64) -> list[dict]:
     """A group of completions behind one prompt, and each behind a copy of it."""
     what = f"{group} answers of {answer} to a prompt of {prompt}, heads {H}/{K} x {E}, bfloat16"
     one = attend(target, f"{what}, shared", [prompt, *[answer] * group], [-1, *[0] * group], H, K, E)

@@ -103,7 +103,7 @@ CONFIGS: dict[str, dict[str, dict]] = {
     "decode_split/64/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/128/float32": dict.fromkeys(TARGETS, dict(QUERIES=32, KEYS=32, num_warps=8, num_stages=2)),
     "decode_split/256/float32": dict.fromkeys(TARGETS, dict(QUERIES=16, KEYS=16, num_warps=8, num_stages=2)),
-    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=8, num_warps=2, num_stages=1)),
+    "decode_fold": dict.fromkeys(TARGETS, dict(PIECES=16, num_warps=2, num_stages=1)),
     "grpo_loss_tiles": dict.fromkeys(TARGETS, dict(TOKENS=256, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "grpo_loss_sums": dict.fromkeys(TARGETS, dict(TILES=1024, num_warps=4, num_stages=1, enable_fp_fusion=False)),
     "matmul": {
@@ -125,6 +125,12 @@ CONFIGS: dict[str, dict[str, dict]] = {
         "gfx942": dict(ROWS=128, COLUMNS=256, DEPTH=32, GROUP=32, TMA=False, num_warps=8, num_stages=2),
     },
     "token_logprob_fwd/narrow": {
+        "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=32, GROUP=32, TMA=False, num_warps=4, num_stages=4),
+        "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
+        "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=4, num_stages=2),
+        "gfx942": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=2),
+    },
+    "token_logprob_fwd/kept": {
         "sm_80": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=False, num_warps=8, num_stages=3),
         "sm_90": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),
         "sm_100": dict(ROWS=128, COLUMNS=128, DEPTH=64, GROUP=32, TMA=True, num_warps=8, num_stages=3),

@@ -186,10 +186,13 @@ def token_logprob_kept_kernel(
 
 
 def forward_row(hidden: Tensor, kept: Tensor | None = None) -> str:
-    """The row of CONFIGS. Narrow tiles leave registers for two programs on a processor: where a tile takes little time,
-    for D is small, one computes logits while the other adds up exponentials. So they do for what is kept."""
-    narrow = hidden.dtype != torch.float32 and (kept is not None or hidden.shape[1] <= 256)
-    return f"token_logprob_fwd{'/narrow' if narrow else rows_of(hidden.dtype)}"
+    """The row of CONFIGS. Where a tile takes little time, for D is small, narrow ones leave room for two programs on a
+    processor: one computes logits while the other adds up exponentials. What is kept takes registers, too."""
+    if hidden.dtype == torch.float32:
+        return "token_logprob_fwd/float32"
+    if kept is not None:
+        return "token_logprob_fwd/kept"
+    return "token_logprob_fwd/narrow" if hidden.shape[1] <= 256 else "token_logprob_fwd"
 
 
 def launch_tiles(kernel, row: str, hidden: Tensor, weight: Tensor, columns: int, *args, **constants) -> None:

@@ -28,6 +28,8 @@ def plant(monkeypatch, module: ModuleType, right: str, wrong: str) -> None:
     is faulty."""
     with mock.patch.object(torch.library, "custom_op"):  # a second registration would replace the first for good
         faulty = mutant(module, right, wrong)
-    for name, value in vars(faulty).items():
-        if getattr(value, "__module__", "") == faulty.__name__:
+    for name, value in list(vars(faulty).items()):
+        if isinstance(value, mock.NonCallableMock):
+            setattr(faulty, name, getattr(module, name))
+        elif getattr(value, "__module__", "") == faulty.__name__:
             monkeypatch.setattr(module, name, value)

@@ -69,6 +69,15 @@ def test_one_binary_for_any_number_of_rows(rows):
     assert not offenders(rows, lambda row: row["binaries"] != 1)
 
 
+def test_token_logprob_shares_a_processor_or_asks_for_no_more_than_the_best_peer(rows):
+    """cut-cross-entropy's tiles of 256 by 128 ask for 2 T V D (1 / 256 + 1 / 128) bytes."""
+    for target in NVIDIA:
+        wide = CONFIGS["token_logprob_fwd"][target]
+        assert 1 / wide["ROWS"] + 1 / wide["COLUMNS"] <= 1 / 256 + 1 / 128
+    narrow = [r for r in rows if (r["kernel"], r["case"]) == ("token_logprob_fwd_kernel", "token_logprob narrow")]
+    assert len(narrow) == len(NVIDIA) and not offenders(narrow, lambda row: row["blocks"] < 2)
+
+
 def test_deterministic_decoding_is_the_attention_kernel(rows):
     """Its bits are those of training because it is the same binary."""
     kernels = [row for row in rows if row["kernel"] == "attention_fwd_kernel"]
