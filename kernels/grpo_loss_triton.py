@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import grpo_loss as formulas
+from .matmul_triton import settled
 from .targets import config
 
 
@@ -193,12 +194,13 @@ def grpo_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss (), metrics (4,), the gradient (T,) of the undivided sum, kept (T,) or (0,), shares (2,)."""
     loss, metrics, gradient, kept, shares = _outputs(logprobs, entropy_coef, threshold)
+    inputs = (logprobs, old, ref, advantages, entropy, mask, segments)
     T, tile = len(logprobs), config("grpo_loss_tiles")
     tiles = triton.cdiv(T, tile["TOKENS"])
     sums = logprobs.new_empty(7, tiles, dtype=torch.float32)
     if tiles:
         grpo_loss_tiles_kernel[(tiles,)](
-            logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept if len(kept) else None, sums,
+            *(None if x is None else settled(x) for x in inputs), gradient, kept if len(kept) else None, sums,
             T, lower, upper, delta, beta, threshold or 0.0,
             LOSS_TYPE=loss_type, CORRECTED=corrected, THRESHOLD=threshold is not None, SEQUENCE_RATIOS=sequence_ratios,
             BY_SEQUENCE=segments is not None, **tile,
@@ -258,7 +260,7 @@ def grpo_loss(
         entropy_T if uses_entropy else None, segments_T if by_sequence else None,
     )  # fmt: skip
     loss, metrics, *_ = grpo_loss_op(
-        *(x if x is None else x.contiguous() for x in inputs),
+        *inputs,
         loss_type,
         sequence_ratios,
         *formulas.clip_bounds(loss_type, epsilon, epsilon_high, delta),
