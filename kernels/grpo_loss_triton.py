@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import grpo_loss as text
+from . import grpo_loss as formulas
 from .targets import config
 
 
@@ -45,8 +45,8 @@ def constant(x):
 
 # The functions of grpo_loss.py under Triton: the same code, which finds other things behind the names that it uses.
 names = {"__name__": __name__, "xp": tl, "expm1": expm1, "constant": constant}
-names["MAX_LOG_RATIO"] = tl.constexpr(text.MAX_LOG_RATIO)
-for function in (text.bounded, text.moves, text.least, text.token_loss, text.token_slopes):
+names["MAX_LOG_RATIO"] = tl.constexpr(formulas.MAX_LOG_RATIO)
+for function in (formulas.bounded, formulas.moves, formulas.least, formulas.token_loss, formulas.token_slopes):
     names[function.__name__] = triton.jit(FunctionType(function.__code__, names, function.__name__))
 token_loss, token_slopes = names["token_loss"], names["token_slopes"]
 
@@ -88,13 +88,11 @@ def grpo_loss_tiles_kernel(
                 live = tl.load(mask + t, mask=ours, other=0) != 0
                 count += live.to(tl.float32)
                 if SEQUENCE_RATIOS:
-                    new = tl.load(logprobs + t, mask=live, other=0.0).to(tl.float32)
-                    total += new - tl.load(old + t, mask=live, other=0.0).to(tl.float32)
+                    total += read(t, live, logprobs) - read(t, live, old)
                 end += tl.sum(ours.to(tl.int32))
                 reached += TOKENS
-            length = tl.sum(count)
-            sequences += tl.where(length > 0, 1.0, 0.0)
-            length = tl.maximum(length, 1.0)
+            length = tl.maximum(tl.sum(count), 1.0)
+            sequences += tl.minimum(tl.sum(count), 1.0)
             mean = tl.sum(total) / length
 
         through = nothing
@@ -263,7 +261,7 @@ def grpo_loss(
         *(x if x is None else x.contiguous() for x in inputs),
         loss_type,
         sequence_ratios,
-        *text.clip_bounds(loss_type, epsilon, epsilon_high, delta),
+        *formulas.clip_bounds(loss_type, epsilon, epsilon_high, delta),
         beta,
         use_bias_correction_kl,
         entropy_coef,

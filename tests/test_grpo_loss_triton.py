@@ -11,7 +11,7 @@ from interpreter import Race, interpreted
 from test_losses import CHOICES, LEVELS, MAX_LENGTH, batch, packed
 from torch import Tensor
 
-from minitrl.kernels import grpo_loss as text
+from minitrl.kernels import grpo_loss as formulas
 from minitrl.losses import LOSS_TYPES, grpo_loss
 
 pytest.importorskip("triton")
@@ -72,7 +72,7 @@ def check(numbers: dict[str, Tensor], **options) -> None:
     assert not any(got[name][~numbers["mask_T"]].any() for name in ("d_logprobs", "d_entropy"))
 
 
-def check_slopes(module=text) -> None:
+def check_slopes(module=formulas) -> None:
     """The derivatives that the kernel is compiled from, by themselves: autograd says the same in float64."""
     g = torch.Generator().manual_seed(0)
     for loss_type, corrected, delta, with_kl in itertools.product(
@@ -112,7 +112,7 @@ def test_slopes_are_autograds():
 )
 def test_faults_in_slopes_are_seen(right, wrong):
     with pytest.raises(AssertionError):
-        check_slopes(mutant(text, right, wrong))
+        check_slopes(mutant(formulas, right, wrong))
 
 
 @pytest.mark.parametrize(("loss_type", "level"), FORMS)
