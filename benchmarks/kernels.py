@@ -316,6 +316,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="on a CPU: how often each way is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: percentiles need at least 2")
     if os.environ.get("MINITRL_KERNELS"):
         raise SystemExit("MINITRL_KERNELS is set: unset it, or plain PyTorch would be timed under the kernels' name")
     torch.set_num_threads(options.threads)

@@ -113,7 +113,8 @@ def attention_fwd_kernel(
         )  # fmt: skip
     acc = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * (H * E) + head * E + e, acc, mask=(m < rows)[:, None])
-    tl.store(lse + head.to(tl.int64) * tokens + row, tl.fma(best, scale, tl.log2(total)), mask=m < rows)
+    # Not an fma: the shares were taken relative to the product as it is rounded.
+    tl.store(lse + head.to(tl.int64) * tokens + row, best * scale + tl.log2(total), mask=m < rows)
 
 
 @triton.jit

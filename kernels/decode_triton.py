@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention_triton
-from .attention_triton import LOG2_E, LOWEST, _hide
+from .attention_triton import LOG2_E, LOWEST
 from .targets import config
 
 SPLIT = 256  # tokens a piece, or the largest multiple of the page size below; never a function of the batch
@@ -62,8 +62,8 @@ def decode_split_kernel(
         scale *= LOG2_E
         first, end = split * SPLIT, tl.minimum(tl.max(length, 0), split * SPLIT + SPLIT)
         if WINDOW:  # blocks that none of the rows sees
-            seen = tl.min(tl.where(valid, length, 2**30), 0) - window
-            first += tl.maximum(seen - first, 0) // KEYS * KEYS
+            oldest = tl.min(tl.where(valid, length, 2**30), 0) - window
+            first += tl.maximum(oldest - first, 0) // KEYS * KEYS
         for at in range(first, end, KEYS):
             keys = at + n
             inside = keys < end
@@ -71,8 +71,10 @@ def decode_split_kernel(
             offset = (page * page_stride + (kv_head * PAGE + keys % PAGE) * E)[:, None] + e[None, :]
             k_block = tl.load(k_pages + offset, mask=inside[:, None], other=0.0)  # [KEYS, E]
             scores = tl.dot(q_tile, tl.trans(k_block), input_precision="ieee")  # [QUERIES, KEYS]
-            scores = _hide(scores, (length - 1)[:, None], keys[None, :], window, WINDOW)
-            scores = tl.where(inside[None, :], scores, -float("inf"))  # the next piece's, if KEYS does not divide SPLIT
+            seen = inside[None, :]
+            if WINDOW:
+                seen = seen & (length[:, None] - 1 - keys[None, :] < window)
+            scores = tl.where(seen, scores, -float("inf"))
             new = tl.maximum(m_tile, tl.max(scores, 1))
             shares = tl.exp2(tl.fma(scores, scale, -(new * scale)[:, None]))
             keep = tl.exp2((m_tile - new) * scale)

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import grpo_loss as text
+from . import grpo_loss as formulas
+from .matmul_triton import settled
 from .targets import config
 
 
@@ -45,8 +46,9 @@ def constant(x):
 
 # The functions of grpo_loss.py under Triton: the same code, which finds other things behind the names that it uses.
 names = {"__name__": __name__, "xp": tl, "expm1": expm1, "constant": constant}
-names["MAX_LOG_RATIO"] = tl.constexpr(text.MAX_LOG_RATIO)
-for function in (text.bounded, text.moves, text.least, text.k3, text.token_loss, text.token_slopes):
+names["MAX_LOG_RATIO"] = tl.constexpr(formulas.MAX_LOG_RATIO)
+shared = "bounded moves least k3 token_loss token_slopes".split()
+for function in (getattr(formulas, name) for name in shared):
     names[function.__name__] = triton.jit(FunctionType(function.__code__, names, function.__name__))
 token_loss, token_slopes = names["token_loss"], names["token_slopes"]
 
@@ -88,13 +90,11 @@ def grpo_loss_tiles_kernel(
                 live = tl.load(mask + t, mask=ours, other=0) != 0
                 count += live.to(tl.float32)
                 if SEQUENCE_RATIOS:
-                    new = tl.load(logprobs + t, mask=live, other=0.0).to(tl.float32)
-                    total += new - tl.load(old + t, mask=live, other=0.0).to(tl.float32)
+                    total += read(t, live, logprobs) - read(t, live, old)
                 end += tl.sum(ours.to(tl.int32))
                 reached += TOKENS
-            length = tl.sum(count)
-            sequences += tl.where(length > 0, 1.0, 0.0)
-            length = tl.maximum(length, 1.0)
+            length = tl.maximum(tl.sum(count), 1.0)
+            sequences += tl.minimum(tl.sum(count), 1.0)
             mean = tl.sum(total) / length
 
         through = nothing
@@ -195,12 +195,13 @@ def grpo_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss (), metrics (4,), the gradient (T,) of the undivided sum, kept (T,) or (0,), shares (2,)."""
     loss, metrics, gradient, kept, shares = _outputs(logprobs, entropy_coef, threshold)
+    inputs = (logprobs, old, ref, advantages, entropy, mask, segments)
     T, tile = len(logprobs), config("grpo_loss_tiles")
     tiles = triton.cdiv(T, tile["TOKENS"])
     sums = logprobs.new_empty(7, tiles, dtype=torch.float32)
     if tiles:
         grpo_loss_tiles_kernel[(tiles,)](
-            logprobs, old, ref, advantages, entropy, mask, segments, gradient, kept if len(kept) else None, sums,
+            *(None if x is None else settled(x) for x in inputs), gradient, kept if len(kept) else None, sums,
             T, lower, upper, delta, beta, threshold or 0.0,
             LOSS_TYPE=loss_type, CORRECTED=corrected, THRESHOLD=threshold is not None, SEQUENCE_RATIOS=sequence_ratios,
             BY_SEQUENCE=segments is not None, **tile,
@@ -260,10 +261,10 @@ def grpo_loss(
         entropy_T if uses_entropy else None, segments_T if by_sequence else None,
     )  # fmt: skip
     loss, metrics, *_ = grpo_loss_op(
-        *(x if x is None else x.contiguous() for x in inputs),
+        *inputs,
         loss_type,
         sequence_ratios,
-        *text.clip_bounds(loss_type, epsilon, epsilon_high, delta),
+        *formulas.clip_bounds(loss_type, epsilon, epsilon_high, delta),
         beta,
         use_bias_correction_kl,
         entropy_coef,

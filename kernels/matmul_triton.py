@@ -98,7 +98,8 @@ def matmul_op(a: Tensor, b: Tensor, wide: bool) -> Tensor:
     tiles = config(f"matmul{rows_of(a.dtype)}")
     sides, across, tma = [], [], tiles["TMA"]
     for x in (a, b.t()):
-        across.append(not x.is_contiguous() and x.t().is_contiguous())
+        # By its strides, so that a gradient of one row, transposed, lies as that of many does.
+        across.append(len(x) > 1 and x.stride(0) == 1 and x.t().is_contiguous())
         sides.append(settled(x.t() if across[-1] else x))
         tma = tma and sides[-1].shape[1] * x.element_size() % 16 == 0  # else rows do not begin where vectors do
     steps = [side.shape[1] for side in sides]

@@ -31,7 +31,8 @@ def grpo_loss(
 ):
     """The clipped GRPO objective (TRL: GRPOTrainer._compute_loss); kernels/grpo_loss.py has its formulas.
 
-    logprobs_T: (T,) float32 log-probs of the tokens under the policy; the gradient flows through them.
+    logprobs_T: (T,) float32 log-probs of the tokens under the policy; the gradient flows through them, and with
+        entropy_coef through entropy_T; everything else is data.
     old_logprobs_T: (T,) the same before the first update on these rollouts. On policy, pass `logprobs_T.detach()`: the
         ratio is exactly 1.
     advantages_T: (T,) the advantage of each token's completion.

@@ -19,7 +19,7 @@ Triton's own interpreter walks through a kernel, one program after another, with
 * Order. schedule="reverse" or "shuffle" runs the programs in another order: results must not change in a bit.
 * Poison. torch.empty gives NaN, and so does a masked load in the lanes that it leaves undefined: what a kernel
   forgot to write or to mask shows in the result.
-* Arithmetic on 32-bit integers that overflows is an error.
+* Arithmetic on 32-bit integers that overflows is an error, and so is a program that does not end.
 
 What it cannot show: the order in which a tensor core sums, the last bit of a GPU's exp2, a missing barrier within a
 program.
@@ -51,12 +51,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from minitrl.kernels import targets
 
 ADDRESS = np.uint64((1 << 48) - 1)  # a pointer's lower bits; above them stands 1 + the number of its argument
+ACCESSES = 100_000  # of one program, tile by tile: about ten seconds
 LATEST = 2**31 - 1  # above any program's number
 OPTIONS = {option.name for options in (CUDAOptions, HIPOptions) for option in dataclasses.fields(options)}
 
 
 class OutOfBounds(Exception):
     """A program touched memory outside of the argument whose pointer it used."""
+
+
+class Endless(Exception):
+    """A program reads and writes more often than any that is meant to end."""
 
 
 class Race(Exception):
@@ -202,7 +207,7 @@ class Running:
     """The launch that is under way."""
 
     def __init__(self, record: Launch, tensors: dict[str, torch.Tensor], strict: bool):
-        self.record, self.strict, self.program = record, strict, 0
+        self.record, self.strict, self.program, self.accesses = record, strict, 0, 0
         shared: dict[int, list[torch.Tensor]] = {}
         for tensor in tensors.values():
             shared.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
@@ -219,6 +224,9 @@ class Running:
 
     def access(self, kind: str, handle: TensorHandle, mask: np.ndarray) -> np.ndarray:
         """Check and count an access; returns the addresses without the tags."""
+        self.accesses += 1
+        if self.accesses > ACCESSES:
+            raise Endless(self.where())
         pointers, mask = np.broadcast_arrays(handle.data, mask)
         addresses = np.ascontiguousarray(pointers & ADDRESS)
         used, tags = addresses[mask], pointers[mask] >> np.uint64(48)
@@ -440,7 +448,7 @@ def launch(kernel: JITFunction, log: Log, schedule: str, strict: bool, args: tup
         values = {n: value if n in constants else as_argument(n, value, running) for n, value in values.items()}
         programs = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]  # in a GPU's order
         for i, j, k in ordered(programs, schedule):
-            running.program = i + x * (j + y * k)
+            running.program, running.accesses = i + x * (j + y * k), 0
             builder.set_grid_idx(i, j, k)
             python_function(kernel)(**values)
         record.programs = len(programs)

@@ -64,13 +64,12 @@ def test_scale_indices_of_32_bits_and_strides():
 
 
 def group(dtype=torch.bfloat16):
-    """Rows 0, 2 and 3 share a prompt of two pieces and a bit; row 4 shares it too, but ends within the second piece."""
+    """Rows 0, 2 and 3 share a prompt of two pieces and a bit; row 4 has their pages too, but ends within piece 1."""
     q, k, v, table, lengths = cache(
         [2 * PIECE + 70, 40, 2 * PIECE + 90, 2 * PIECE + 66, PIECE + 50], 6, 2, 64, dtype, 16
     )
     pages = 2 * PIECE // 16
-    for row, shared in ((2, pages + 4), (3, pages + 4), (4, (PIECE + 50) // 16)):
-        table[row, :shared] = table[0, :shared]
+    table[2:, : pages + 4] = table[0, : pages + 4]
     return q, k, v, table, lengths
 
 
@@ -220,7 +219,7 @@ def test_more_heads_of_a_group_than_a_tile_holds_is_an_error():
 
 
 FAULTS = {
-    "one token more": ("_hide(scores, (length - 1)[:, None]", "_hide(scores, length[:, None]"),
+    "one token less": ("tl.max(length, 0), split", "tl.max(length, 0) - 1, split"),
     "the end of the last page": ("tl.minimum(tl.max(length, 0), split * SPLIT + SPLIT)", "split * SPLIT + SPLIT"),
     "scale forgotten": ("        scale *= LOG2_E\n", ""),
     "wrong head of the page": ("(kv_head * PAGE + keys % PAGE)", "(keys % PAGE)"),
@@ -229,7 +228,8 @@ FAULTS = {
     "a row that ends within the piece joins": ("full, rows = lengths[:, None] >= ends",
                                                "full, rows = lengths[:, None] > 0 * ends"),
     "pieces not rescaled": ("acc * keep + tl.sum(o_pieces * share[:, None], 0)", "acc + tl.sum(o_pieces, 0)"),
-    "the window's first piece": ("tl.maximum(length - window, 0) // SPLIT if WINDOW", "0 if WINDOW"),
+    "window off by one": ("length[:, None] - 1 - keys[None, :] < window", "length[:, None] - keys[None, :] < window"),
+    "window's first block skipped": ("tl.maximum(oldest - first, 0) // KEYS", "tl.cdiv(oldest - first, KEYS)"),
     "the same row for all of a tile": ("row = tl.load(order + other,", "row = tl.load(order + place + 0 * other,"),
 }  # fmt: skip
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import interpreter
 import triton
 import triton.language as tl
-from interpreter import OutOfBounds, Race, interpreted
+from interpreter import Endless, OutOfBounds, Race, interpreted
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -236,6 +237,18 @@ def test_integers_that_overflow():
         assert x.item() == 70_000 * 65_536
         with pytest.raises(OverflowError, match="4587520000 in 32 bits"):
             offsets_kernel[(1,)](x, 70_000, 65_536, False)
+
+
+@triton.jit
+def wait_kernel(x):
+    while tl.load(x) == 0:
+        tl.store(x + 1, 1.0)
+
+
+def test_a_program_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(interpreter, "ACCESSES", 50)
+    with interpreted(), pytest.raises(Endless, match="wait_kernel, program 0"):
+        wait_kernel[(1,)](torch.zeros(2))
 
 
 def test_wrong_launches():

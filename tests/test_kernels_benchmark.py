@@ -1,9 +1,11 @@
 """`python -m benchmarks.kernels`: it times nothing that is wrong, its truth is right in pieces, its bounds are sums."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import kernel_cases, kernels
+from benchmarks import kernel_cases, kernels, readme
 
 CASES = {
     "token_logprob": lambda: kernel_cases.token_logprob(20, 300, 16),
@@ -80,3 +82,28 @@ def test_pictures(tmp_path, monkeypatch):
     names |= {"ms": 2.0, "ms_20": 1.0, "ms_80": 3.0}
     kernels.draw([names | {"shape": f"M {m}, N 5, K 6", "size": m} for m in (1, 10)], "here")
     assert (tmp_path / "kernels_here_matmul.svg").read_text().count("<svg") == 1
+
+
+def test_tables_of_the_readme(tmp_path, monkeypatch):
+    """kernels/README.md's tables from results, and what stands there before there are any."""
+    text = "\n".join(f"<!-- table: kernel_{name} -->\n<!-- end -->" for name in ("bytes", "compile", "gpus", "cpu"))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.filled(text).count("Not made yet") == 3 and "Not measured yet" in readme.filled(text)
+    counted = {"whose": "minitrl", "kernel": "k", "shape": "T 1", "requested": 3e6, "touched": 2e6, "least": 2e6}
+    compiled = {"kernel": "k", "case": "c", "dtype": "bfloat16", "registers": 99, "spills": 0, "blocks": 2, "mma": 8}
+    case = small("matmul")
+    timed = kernels.measure(case, torch.float32, "cpu", (1e10, 1e10), 2)
+    timed.append({name: timed[0][name] for name in ("op", "shape", "dtype")} | {"way": "w", "not_timed": "it is wrong"})
+    results = {
+        "kernel_bytes": {"rows": [counted | {"workspace": 5e6}]},
+        "compile": {"triton": "3.7.1", "rows": [compiled | {"target": "sm_90"}, compiled | {"target": "sm_80"}]},
+        "kernels_cpu": {"command": "python -m benchmarks.kernels", "device": "cpu", "rows": timed},
+        "kernels_H100": {"command": "the same", "device": "H100", "rows": [r | {"peak_bytes": 2**20} for r in timed]},
+    }
+    for name, value in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    filled = readme.filled(text)
+    assert "| minitrl | `k` | T 1 | 3.00 | 2.00 | 2.00 | 1.000 | 5.00 |" in filled
+    assert "| `k` | c | 99 / 0 / 2 / 8 | 99 / 0 / 2 / 8 | – | – |" in filled
+    assert filled.count("not timed: it is wrong") == 2 and "1 MiB" in filled and "`the same` on H100" in filled
+    assert readme.filled(filled) == filled
