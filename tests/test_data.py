@@ -95,7 +95,7 @@ def test_long_prompts_are_left_out_and_counted_never_cut(write):
     path = write('{"prompt": "abc"}\n{"prompt": "abcd"}\n{"prompt": "abcde"}')
     loaded, dropped = load_prompts(path, Bytes(), 4)
     assert [row["prompt"] for row in loaded] == ["abc", "abcd"] and dropped == 1
-    with pytest.raises(ValueError, match="all 3 prompts are longer than --max-prompt-length 2"):
+    with pytest.raises(ValueError, match="all 3 prompts are longer than --max_prompt_length 2"):
         load_prompts(path, Bytes(), 2)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from faults import mutant
 
-from minitrl import experience
+from minitrl import distributed, experience
 from minitrl.distributed import World
 from minitrl.experience import (
     Rollouts,
@@ -329,7 +329,7 @@ def test_overlong_penalty_is_added():
 
 
 class Exchange:
-    """gather_ragged for ranks that are threads of this process."""
+    """The collectives for ranks that are threads of this process."""
 
     def __init__(self, size: int):
         self.barrier, self.slots = threading.Barrier(size), [None] * size
@@ -347,6 +347,7 @@ def test_any_number_of_ranks_holds_the_same_whole_step(size, monkeypatch):
     """Five prompts over 2, 3, 4 and 7 ranks: some ranks have more than others, some nothing at all."""
     expected, exchange = generated(), Exchange(size)
     monkeypatch.setattr(experience, "gather_ragged", exchange.gather)
+    monkeypatch.setattr(distributed, "any_true", lambda flag, world: any(exchange.gather(flag, world)))
     engines, results = [FakeEngine() for _ in range(size)], [None] * size
 
     def rank(r):
