@@ -38,9 +38,9 @@ def test_the_task_and_its_verifier():
 
 def test_one_token_a_character():
     tokenizer = toy.make_tokenizer()
-    ids = tokenizer.encode("jab>")
-    assert len(ids) == 4 and tokenizer.decode(ids) == "jab>"
-    assert tokenizer.decode([*ids, *tokenizer.end_ids]) == "jab>"
+    ids = tokenizer.encode("fab>")
+    assert len(ids) == 4 and tokenizer.decode(ids) == "fab>"
+    assert tokenizer.decode([*ids, *tokenizer.end_ids]) == "fab>"
     assert len(tokenizer.end_ids) == 1 and tokenizer.vocab_size == len(toy.LETTERS) + 2
 
 
