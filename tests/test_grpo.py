@@ -5,6 +5,7 @@ together.
 """
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from minitrl.experience import Rollouts, select_groups, with_advantages
 from minitrl.rollout import Engine
 
 ALONE = distributed.World(0, 1, torch.device("cpu"))
+DRAWS = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
 def ends(argv, code=0):
@@ -590,7 +592,7 @@ def test_bad_options(tiny, tmp_path, given, words):
         (dict(reward="no_such"), r"rewards.py has no function 'no_such'"),
         (dict(reward="share_of_b"), r"has no function 'share_of_b'; did you mean 'share_of_a'"),
         (dict(eval_reward="no_such"), r"--eval_reward no_such: neither file.py:function"),
-        (dict(plot="/nowhere/curve.svg"), r"cannot write /nowhere/curve.svg"),
+        pytest.param(dict(plot="/nowhere/curve.svg"), r"cannot write /nowhere/curve.svg", marks=DRAWS),
         (dict(reward="wants"), r"reward 'wants' asks for solution, but the data set's columns are answer"),
         (dict(model="/nowhere/model"), r"--model '/nowhere/model': no such folder"),
         (dict(dataset="/nowhere/data.jsonl"), r"/nowhere/data.jsonl: no such file"),

@@ -67,7 +67,7 @@ def test_requested_counts_again_what_touched_counts_once():
     with interpreted() as log:
         rows_kernel[(5,)](x, out, 3, 16)
         rows_kernel[(5,)](x, out, 3, 16)
-    assert out.allclose(x.sum())
+    assert out.allclose(x.sum(), atol=1e-5)
     count = log["rows_kernel"].arguments["x"]
     assert (count.requested, count.touched) == (2 * 5 * x.nbytes, 2 * x.nbytes)  # of two launches
     assert len(log.launches) == 2 and log.launches[0].arguments["x"].touched == x.nbytes

@@ -248,6 +248,8 @@ def test_the_trainer_adds_up_the_same(loss_type, ranks, monkeypatch):
     known = known_logprobs(model, r)
     options = {"loss_type": loss_type, "epsilon": 0.15, "epsilon_high": 0.5, "beta": 0.1, "entropy_coef": 0.03}
     config = grpo.Config(
+        model="a folder",
+        dataset="a file",
         reward=("number",),
         temperature=TEMPERATURE,
         max_prompt_length=9,
