@@ -17,6 +17,7 @@ of theirs, so that whatever else the machine does falls on both. PYTHON is an in
               in the backward pass counts as lost
 
 Writes benchmarks/results/grpo_step.json: medians over the rounds, the rounds themselves, and each side's peak memory.
+Rows of sections that are not run this time stay, if they are of this machine.
 """
 
 import argparse
@@ -288,12 +289,15 @@ def main() -> None:
         "settings": SETTINGS,
         "rows": [],
     }
-    for section in options.sections:
-        for dtype in options.dtypes:
-            row = compare(section, dtype, options) | {"load_average": os.getloadavg()[0]}
-            print({key: value for key, value in row.items() if not key.endswith("_seconds")}, flush=True)
-            value["rows"].append(row)
-            (RESULTS / "grpo_step.json").write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
+    results = RESULTS / "grpo_step.json"
+    wanted = [(section, dtype) for section in options.sections for dtype in options.dtypes]
+    if results.exists() and (old := json.loads(results.read_text()))["machine"] == value["machine"]:
+        value["rows"] = [row for row in old["rows"] if (row["section"], row["dtype"]) not in wanted]
+    for section, dtype in wanted:
+        row = compare(section, dtype, options) | {"load_average": os.getloadavg()[0]}
+        print({key: value for key, value in row.items() if not key.endswith("_seconds")}, flush=True)
+        value["rows"].append(row)
+        results.write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
 
 
 if __name__ == "__main__":
