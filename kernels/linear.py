@@ -42,7 +42,7 @@ DTYPES = (torch.float32, *BFLOAT16)
 
 @contextmanager
 def packed_weights():
-    """Keep packed copies of the weights, as large as they are, for products of few rows. No weight may change in it."""
+    """Keep packed copies of the weights, as large as they are, for products without gradients. No weight may change."""
     global _packed
     outer, _packed = _packed, {}
     try:
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     All of one dtype; differentiable.
     """
     if _sampling(x, weight):
-        packed = _packed[weight] if weight in _packed else _packed.setdefault(weight, _pack(weight))
+        packed = _packed_once(weight, _pack)
         return _multiply(x, packed, bias) if residual is None else _multiply_and(x, packed, bias, residual, "add")
     if len(x) >= FEW_ROWS and x.dtype == torch.float32 and _suits_onednn(x, weight):
         y = OneDNNLinear.apply(x, weight, bias)
@@ -82,9 +82,9 @@ def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x: (N, I).  weight: (2 F, I).  bias: (2 F,).  Returns (N, F); differentiable.
     """
     if _sampling(x, weight):
-        halves = _packed[weight] if weight in _packed else _packed.setdefault(weight, [*map(_pack, weight.chunk(2))])
+        gates, ups = _packed_once(weight, lambda both: [_pack(half) for half in both.chunk(2)])
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-        return _multiply_and(x, halves[1], up_bias, _multiply(x, halves[0], gate_bias, "swish"), "mul")
+        return _multiply_and(x, ups, up_bias, _multiply(x, gates, gate_bias, "swish"), "mul")
     return SwiGLU.apply(linear(x, weight, bias))
 
 
@@ -146,6 +146,13 @@ class OneDNNLinear(torch.autograd.Function):
 def _pack(weight: Tensor) -> Tensor:
     # The layout depends on the rows it is for. One for all: the bits that come out must not depend on who came first.
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
+
+
+def _packed_once(weight: Tensor, pack):
+    """What `pack` makes of the weight, made at its first use within `packed_weights`."""
+    if weight not in _packed:
+        _packed[weight] = pack(weight)
+    return _packed[weight]
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
