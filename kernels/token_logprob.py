@@ -76,7 +76,7 @@ class TiledTokenLogprob(torch.autograd.Function):
     """The formulas above, in place where they can be. Columns are the outer loop, so that W is read once.
 
     The exponentials of the first tiles, KEEP bytes of them whatever T and V are, wait for the backward pass, which
-    then needs no logits there: p = e 2^(their split's maximum - lse). (An entropy's gradient needs the logits.)
+    then needs no logits there: p = e 2^(their split's maximum - lse).
     """
 
     @staticmethod
@@ -126,10 +126,15 @@ class TiledTokenLogprob(torch.autograd.Function):
             w, dw = weight[columns], None
             for rows in blocks(len(hidden), ROWS):
                 x = hidden[rows]
-                if c < len(exponentials) and not entropy_counts:
-                    e = exponentials[c, :, : len(w)][live[rows]]
-                    factor = (shift[c, live[rows]] - log2_total[rows]).exp2_().mul_(g[rows])
-                    dz = torch.mul(e, factor[:, None], out=_tile(spare, *e.shape))
+                if c < len(exponentials):
+                    e = _tile(spare, len(x), len(w)).copy_(exponentials[c, :, : len(w)][live[rows]])
+                    log2_p = shift[c, live[rows]] - log2_total[rows]  # where e is 1
+                    at_1 = log2_p.exp2() * (g[rows] + h[rows] * (entropy[rows] + LN2 * log2_p))
+                    if entropy_counts:
+                        e_log_e = torch.xlogy(e, e, out=_tile(tile, *e.shape))  # 0 where e is 0
+                        dz = e.mul_(at_1[:, None]).addcmul_(e_log_e, (log2_p.exp2() * h[rows])[:, None])
+                    else:
+                        dz = e.mul_(at_1[:, None])
                 else:
                     z = _logits(x, w, tile)
                     log2_p = z.sub_(highest[rows, None]).mul_(scale).sub_(log2_total[rows, None])

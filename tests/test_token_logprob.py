@@ -213,11 +213,13 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("splits", [0, 1, 3])
 @pytest.mark.parametrize("dead", [False, True])
-def test_kept_exponentials(dtype, splits, dead, monkeypatch):
+@pytest.mark.parametrize("entropy", [False, True])
+def test_kept_exponentials(dtype, splits, dead, entropy, monkeypatch):
     """As exact whether none, some or all of the forward pass's exponentials serve in the backward pass."""
     T, V, D = 150, 60, 8
     given = inputs(T, V, D, dtype, ignored=0.0)
-    given["upstream"][1] = 0  # the entropy's gradient takes the logits
+    if not entropy:
+        given["upstream"][1] = 0
     if not dead:
         given["upstream"][0].copy_(torch.linspace(-2, 2, T))
     monkeypatch.setattr(kernel, "ROWS", 64)
