@@ -155,6 +155,18 @@ class Optimizer:
                 p.copy_(self.masters[name])
 
 
+def make_optimizer(model: nn.Module, config, world: World) -> Optimizer:
+    """The optimizer that the options of `config` ask for (config.CommonOptions)."""
+    return Optimizer(
+        model,
+        world,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
 def _move_gradient(grads: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     """Add a parameter's fresh bfloat16 gradient to its float32 sum."""
     if name in grads:
