@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = training.make_optimizer(policy, config, world)
+    optimizer = training.optimizer_of(policy, config, world)
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows)

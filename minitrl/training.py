@@ -155,18 +155,6 @@ class Optimizer:
                 p.copy_(self.masters[name])
 
 
-def make_optimizer(model: nn.Module, config, world: World) -> Optimizer:
-    """The optimizer that the options of `config` ask for (config.CommonOptions)."""
-    return Optimizer(
-        model,
-        world,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-    )
-
-
 def _move_gradient(grads: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     """Add a parameter's fresh bfloat16 gradient to its float32 sum."""
     if name in grads:
@@ -210,3 +198,10 @@ def total_steps(config, rows: int, rows_per_generation: int, steps_per_generatio
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * rows / rows_per_generation)) * steps_per_generation
+
+
+def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
+    """The optimizer that the options ask for."""
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    options = {"weight_decay": config.weight_decay, "betas": betas, "eps": eps, "max_grad_norm": config.max_grad_norm}
+    return Optimizer(model, world, **options)
