@@ -203,3 +203,10 @@ def total_steps(config, rows: int, rows_per_generation: int, steps_per_generatio
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * rows / rows_per_generation)) * steps_per_generation
+
+
+def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
+    """The optimizer that the options ask for."""
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    options = {"weight_decay": config.weight_decay, "betas": betas, "eps": eps, "max_grad_norm": config.max_grad_norm}
+    return Optimizer(model, world, **options)
