@@ -109,10 +109,11 @@ class TiledTokenLogprob(torch.autograd.Function):
         dtype, scale = entropy.dtype, 1 / (ctx.temperature * LN2)
         g, h = g / -ctx.temperature, h / -ctx.temperature
         entropy_counts = bool(h.any())
-        d_hidden, d_weight = hidden.new_zeros(hidden.shape, dtype=dtype), torch.empty_like(weight)
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for columns in blocks(len(weight), COLUMNS):
             w = weight[columns]
-            dw = w.new_zeros(w.shape, dtype=dtype)
+            dw = None if d_weight is None else w.new_zeros(w.shape, dtype=dtype)
             for rows in blocks(len(hidden), ROWS):
                 x = hidden[rows]
                 z = product(x, w).to(dtype)
@@ -126,8 +127,10 @@ class TiledTokenLogprob(torch.autograd.Function):
                 dz[mine, y] -= g[rows][mine]
                 dz = dz.to(w.dtype)
                 d_hidden[rows] += product(dz, w.t())
-                dw += product(dz.t(), x.t())
-            d_weight[columns] = dw
+                if dw is not None:
+                    dw += product(dz.t(), x.t())
+            if dw is not None:
+                d_weight[columns] = dw
         return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
 
 

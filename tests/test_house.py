@@ -25,7 +25,7 @@ ARROWS = {
     "rollout": {"model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
-    "lora": {"model"},
+    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
