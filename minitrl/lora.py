@@ -210,10 +210,11 @@ def merge_(model: Model) -> None:
     model.adapters = None
 
 
-def save(model: Model, tokenizer: Tokenizer, folder) -> None:
-    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained alone."""
+def save(model: Model, tokenizer: Tokenizer, folder) -> str:
+    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which it is."""
     if model.adapters is None:
-        return checkpoint.save(model, tokenizer, folder)
+        checkpoint.save(model, tokenizer, folder)
+        return "Hugging Face"
     plain = {"peft_type": "LORA", "task_type": "SEQ_CLS" if head(model) else "CAUSAL_LM", "bias": "none",
              "fan_in_fan_out": False, "modules_to_save": ["classifier", "score"] if head(model) else None,
              "lora_dropout": model.adapters.dropout, "inference_mode": True}  # fmt: skip
@@ -223,6 +224,7 @@ def save(model: Model, tokenizer: Tokenizer, folder) -> None:
         tokenizer.save(temporary)
         named = {name: p.detach().cpu().contiguous() for name, p in tensors(model).items()}
         save_file(named, temporary / ADAPTER_FILE, metadata={"format": "pt", "base": digest(model)})
+    return "PEFT"
 
 
 def digest(model: Model) -> str:
