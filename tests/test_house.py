@@ -19,7 +19,7 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint training toy".split()
+        "rollout rollout_client rewards packing distributed config data checkpoint lora training toy".split()
     ),
     "training": {"distributed", "checkpoint", "packing", "runs", "data"},
     "runs": {"distributed", "checkpoint", "console"},
@@ -27,7 +27,7 @@ ARROWS = {
     "rollout": {"model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
-    "lora": {"model"},
+    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
