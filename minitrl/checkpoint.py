@@ -18,6 +18,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .model import ARCHITECTURES, Model, ModelConfig, hf_tensors
+from .model import Model, ModelConfig, hf_tensors
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -35,8 +36,12 @@ REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoin
 STATE_FORMAT, STATE_VERSION = "minitrl state", 1
 
 
-def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
+def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: bool = False,
+         seed: int = 0) -> tuple[Model, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, or of a model on the Hub ("owner/name").
+
+    With scalar_head, a reward or value model: XForSequenceClassification of one label as it is, or XForCausalLM with
+    its head replaced by a fresh one, which follows from the seed alone. Without, only XForCausalLM is opened.
 
     Everything is checked against config.json before memory is taken: ValueError names the file, and each tensor that
     is missing, unknown, misshapen or of a type that is not plain floating point.
@@ -44,6 +49,9 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Mode
     folder = _locate(source)
     description = read_json(folder / "config.json")
     config = ModelConfig.from_hf(description)
+    if config.scalar_head and not scalar_head:
+        raise ValueError(f"{folder}: a reward or value model ({description['architectures'][0]}), which has no head to "
+                         "predict tokens with; a language model (...ForCausalLM) is needed here")
     if "quantization_config" in description:
         raise ValueError(f"{folder / 'config.json'}: quantized weights are not supported; dequantize the model first")
     if "auto_map" in description:
@@ -56,9 +64,12 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Mode
     files = _weight_files(folder)
     _check_tensors(files, config, folder)
     with torch.device("meta"), _Uninitialised():
-        model = Model(config)
+        model = Model(replace(config, scalar_head=scalar_head))
     model.to(dtype).to_empty(device=device)
     _fill(model, files)
+    if scalar_head and not config.scalar_head:
+        draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
+        model.score.weight.data.copy_(0.02 * torch.randn(model.score.weight.shape, generator=draw))
     return model, tokenizer
 
 
@@ -74,9 +85,13 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
     dtype = dtype or model.embed_tokens.weight.dtype
     config = model.config.to_hf()
     config.pop("dtype", None)  # transformers 5's name; 4 and vLLM know the old one, and all read it
-    config |= {"architectures": [ARCHITECTURES[model.config.model_type]], "torch_dtype": str(dtype).split(".")[-1]}
+    config["torch_dtype"] = str(dtype).split(".")[-1]
     if tokenizer.end_ids:
         config.setdefault("eos_token_id", tokenizer.end_ids[0])
+    if model.config.scalar_head:  # transformers scores the last token that is not padding
+        tokenizer = tokenizer.padded()
+        padding = tokenizer.special_tokens.get("pad_token")
+        config["pad_token_id"] = tokenizer.backend.token_to_id(padding) if padding else None
     with _published(folder) as temporary:
         write_json(temporary / "config.json", config)
         tokenizer.save(temporary)
