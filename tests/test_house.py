@@ -19,9 +19,9 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": {"rollout", "rollout_client", "rewards", "packing", "distributed"},
-    "training": {"distributed", "checkpoint", "packing"},
+    "training": {"distributed", "checkpoint", "packing", "runs", "data"},
     "runs": {"distributed", "checkpoint", "console"},
-    "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed"},
+    "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
@@ -30,7 +30,7 @@ ARROWS = {
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
-    "grpo": LIBRARY | {"toy"},
+    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft")},
 }
 
 # What else may be imported: at the top of a file, or only inside the function that needs it.
