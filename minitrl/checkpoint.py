@@ -18,7 +18,6 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .model import Model, ModelConfig, hf_tensors
+from .model import Model, ModelConfig, hf_tensors, with_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -64,13 +63,10 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: 
     files = _weight_files(folder)
     _check_tensors(files, config, folder)
     with torch.device("meta"), _Uninitialised():
-        model = Model(replace(config, scalar_head=scalar_head))
+        model = Model(config)
     model.to(dtype).to_empty(device=device)
     _fill(model, files)
-    if scalar_head and not config.scalar_head:
-        draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
-        model.score.weight.data.copy_(0.02 * torch.randn(model.score.weight.shape, generator=draw))
-    return model, tokenizer
+    return with_scalar_head(model, seed) if scalar_head and not config.scalar_head else model, tokenizer
 
 
 def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None,

@@ -3,14 +3,21 @@
     {"prompt": "2 + 3 =", "answer": "5"}                                              text
     {"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}        conversation
 
-Every other key is a column, which the reward functions receive. The order of training is a pure function of
-(seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one with another number
-of ranks, reads the same rows in the same order.
+Every other key is a column, which the reward functions receive. Demonstrations (`load_demonstrations`) have
+
+    {"prompt": ..., "completion": ...}    {"messages": [...]}    {"text": "..."}
+
+where prompt and completion are both text or both messages, and other keys are passed over. The order of training is a
+pure function of (seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one
+with another number of ranks, reads the same rows in the same order.
 """
 
 import hashlib
+import itertools
 import json
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +77,155 @@ def fingerprint(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         digest.update(json.dumps([row["prompt_ids"], row["columns"]]).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Token sequences to learn, one after another in two flat arrays, which may lie in files mapped into memory."""
+
+    tokens: numpy.ndarray  # int32
+    trained: numpy.ndarray  # uint8, 1 where the token is learnt
+    starts: numpy.ndarray  # int64 (N,), where each document begins and ends
+    ends: numpy.ndarray
+    first: numpy.ndarray  # int64 (N,), where its first token stands that is learnt and has one before it; else its end
+    digest: str  # of all that, as it was read
+
+    @classmethod
+    def of(cls, pairs) -> "Documents":
+        """Of (ids, mask) for each, mask 1 where the token is learnt."""
+        tokens, trained, ends, first, digest = array("i"), bytearray(), array("q"), array("q"), hashlib.sha256()
+        for ids, mask in pairs:
+            learnt = bytes(mask).find(1, 1)
+            first.append(len(tokens) + (learnt if learnt > 0 else len(ids)))
+            tokens.extend(ids)
+            trained += bytes(mask)
+            ends.append(len(tokens))
+        for part in (tokens, trained, ends):
+            digest.update(part)
+        ends = numpy.array(ends)
+        flat = numpy.frombuffer(tokens, numpy.int32), numpy.frombuffer(trained, numpy.uint8)
+        return cls(*flat, numpy.concatenate([[0], ends[:-1]]), ends, numpy.array(first), digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens in each document."""
+        return self.ends - self.starts
+
+    def ids(self, i: int) -> numpy.ndarray:
+        """A document's tokens."""
+        return self.tokens[self.starts[i] : self.ends[i]]
+
+    def mask(self, i: int) -> numpy.ndarray:
+        """bool: those of its tokens that are learnt. The first is none: nothing stands before it."""
+        mask = self.trained[self.starts[i] : self.ends[i]].astype(bool)
+        mask[:1] = False
+        return mask
+
+    def truncated(self, max_length: int | None) -> "Documents":
+        """The first `max_length` tokens of each, without the documents that then have none to learn."""
+        ends = self.ends if max_length is None else numpy.minimum(self.ends, self.starts + max_length)
+        kept = self.first < ends
+        return replace(self, starts=self.starts[kept], ends=ends[kept], first=self.first[kept])
+
+
+def load_demonstrations(
+    path: str | Path, tokenizer, completion_only: bool | None = None, assistant_only: bool = False
+) -> Documents:
+    """The token ids of every row's text, and which of them are learnt.
+
+    completion_only: learn the completion of a prompt, not the prompt; None: where there are prompts.
+    assistant_only: of messages, learn what the assistant says alone; see Tokenizer.turns.
+    Text, and a completion that is text, is ended by the first of the end tokens unless it ends with one.
+    Raises ValueError naming file and line: a row of another kind, or one that these options can't be applied to.
+    """
+    def demonstrations():
+        for line, row in _numbered_rows(Path(path)):
+            try:
+                yield _demonstration(row, tokenizer, completion_only, assistant_only)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from error
+
+    return Documents.of(demonstrations())
+
+
+def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant_only: bool) -> tuple[list, bytes]:
+    """A row's ids, and one byte for each: 1 where it is learnt."""
+    kinds = [name for name in ("text", "messages", "prompt") if name in row]
+    if len(kinds) != 1 or ("prompt" in row) != ("completion" in row):
+        raise ValueError(f'a demonstration has "prompt" and "completion", or "messages", or "text"; this row has '
+                         f"{', '.join(row) or 'no keys'}")
+    plain, unlearnt = kinds[0] == "text", 0
+    if kinds[0] == "prompt":
+        prompt, completion = row["prompt"], row["completion"]
+        plain = isinstance(prompt, str)
+        if not isinstance(completion, str if plain else list):
+            raise ValueError("prompt and completion must both be text, or both be lists of messages")
+        if plain:
+            row, before = {"text": prompt + completion}, prompt
+        else:
+            _check_messages(prompt, "prompt")
+            row, before = {"messages": prompt + completion}, tokenizer.render(prompt)
+        unlearnt = 0 if completion_only is False else len(before)
+    elif completion_only:
+        raise ValueError(f'--completion_only_loss: this row has no prompt, but "{kinds[0]}"')
+    if plain:
+        if assistant_only:
+            raise ValueError("--assistant_only_loss: this row is text; only messages say who speaks")
+        if not isinstance(row["text"], str):
+            raise ValueError(f"text must be text, not {str(row['text'])[:60]!r}")
+        pieces = [(row["text"], True)]
+    else:
+        _check_messages(row["messages"], "messages")
+        if assistant_only:
+            pieces = tokenizer.turns(row["messages"])
+        else:
+            pieces = [(tokenizer.render(row["messages"], add_generation_prompt=False), True)]
+        if unlearnt and not "".join(text for text, _ in pieces).startswith(before):
+            raise ValueError("the chat template writes the prompt in another way alone than before its completion, so "
+                             "where the completion begins can't be told; use another template, or "
+                             "--no_completion_only_loss")
+    ids, mask = _encode(tokenizer, _cut(pieces, unlearnt))
+    if plain and (not ids or ids[-1] not in tokenizer.end_ids):
+        if not tokenizer.end_ids:
+            raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
+        ids, mask = [*ids, tokenizer.end_ids[0]], mask + b"\1"
+    return ids, mask
+
+
+def _cut(pieces: list[tuple[str, bool]], unlearnt: int) -> list[tuple[str, bool]]:
+    """The pieces, of which the first `unlearnt` characters are not learnt, with neighbours of one kind joined."""
+    joined, at = [], 0
+    for text, learnt in pieces:
+        k = min(max(unlearnt - at, 0), len(text))
+        at += len(text)
+        for part, flag in ((text[:k], False), (text[k:], learnt)):
+            if part and joined and joined[-1][1] == flag:
+                joined[-1] = joined[-1][0] + part, flag
+            elif part:
+                joined.append((part, flag))
+    return joined
+
+
+def _encode(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], bytes]:
+    """The ids of the joined text and their mask, where every piece begins with a token of its own.
+
+    Where a token would reach over such a boundary the pieces are encoded one by one: a prompt then has the ids that it
+    has when it is sampled from. (TRL learns the token that reaches over, and whatever of the prompt it took with it.)
+    """
+    parts = [tokenizer.encode(text) for text, _ in pieces]
+    ids = [token for part in parts for token in part]
+    if len(pieces) > 1:
+        whole = tokenizer.encode("".join(text for text, _ in pieces))
+        if whole != ids:  # perhaps only because a tokenizer puts a space in front of whatever it is given
+            cuts = itertools.accumulate(text for text, _ in pieces)
+            heads = [tokenizer.encode(text) for text in cuts]
+            if all(whole[: len(head)] == head for head in heads):
+                bounds = [0, *map(len, heads)]
+                parts, ids = [whole[a:b] for a, b in itertools.pairwise(bounds)], whole
+    return ids, b"".join((b"\1" if learnt else b"\0") * len(part) for part, (_, learnt) in zip(parts, pieces))
 
 
 def order(n: int, start: int, count: int, seed: int) -> list[int]:
@@ -148,15 +304,21 @@ def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
     prompt = columns.pop("prompt")
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"prompt must be text or a list of messages, not {str(prompt)[:60]!r}")
-    for message in prompt:
+    _check_messages(prompt, "prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's, but the completion is to be a new one")
+    return prompt
+
+
+def _check_messages(messages: Any, name: str) -> None:
+    """ValueError unless it is a list of messages."""
+    if not isinstance(messages, list) or not messages:
+        either = "text or " if name == "prompt" else ""
+        raise ValueError(f"{name} must be {either}a list of messages, not {str(messages)[:60]!r}")
+    for message in messages:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f'a message is {{"role": ..., "content": ...}} alone (no tools), not {message!r}')
         if message["role"] not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, not {message['role']!r}")
         if not isinstance(message["content"], str):
             raise ValueError(f"content must be text (no images), not {str(message['content'])[:60]!r}")
-    if prompt[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's, but the completion is to be a new one")
-    return prompt

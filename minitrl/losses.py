@@ -1,4 +1,8 @@
-"""Objectives on packed tokens: pure functions from log-probs to a loss, each with its formula."""
+"""Objectives: pure functions from log-probs of packed tokens, or of whole answers, to a loss, each with its formula."""
+
+import math
+
+from torch.nn.functional import logsigmoid
 
 from .kernels import grpo_loss as kernel
 
@@ -86,3 +90,101 @@ def grpo_loss(
         sequences=sequences,
         micro_batches=micro_batches,
     )
+
+
+DPO_LOSS_TYPES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair discopop apo_zero apo_down sft"
+).split()
+# Those in which a pair's loss depends on the other pairs: they are defined over a whole step, and need all of it.
+WHOLE_STEP = ("aot", "aot_pair", "bco_pair")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair")
+
+
+def dpo_loss(
+    chosen_P,
+    rejected_P,
+    ref_chosen_P,
+    ref_rejected_P,
+    chosen_lengths_P,
+    rejected_lengths_P,
+    *,
+    loss_type=("sigmoid",),
+    loss_weights=(),
+    beta=0.1,
+    label_smoothing=0.0,
+    discopop_tau=0.05,
+    delta=0.0,
+    pairs=None,
+    chosen_tokens=None,
+):
+    """Direct preference optimisation (arXiv 2305.18290) and its kin, as in TRL 0.16.0's DPOTrainer.dpo_loss.
+
+        a = chosen - ref_chosen,   b = rejected - ref_rejected,   x = a - b,   e = label_smoothing
+
+        sigmoid    -(1 - e) log s(beta x) - e log s(-beta x)                 s: the logistic function
+        robust     (-(1 - e) log s(beta x) + e log s(-beta x)) / (1 - 2 e)                          2403.00409
+        hinge      max(0, 1 - beta x)                                                               2309.06657
+        ipo        (a / chosen_lengths - b / rejected_lengths - 1 / (2 beta))^2                     2310.12036
+        exo_pair   s(beta x) (log s(beta x) - log(1 - e)) + s(-beta x) (log s(-beta x) - log e)     2402.00856
+        nca_pair   -log s(beta a) - log s(-beta a) / 2 - log s(-beta b) / 2                         2402.05369
+        bco_pair   -log s(beta a - delta) - log s(delta - beta b)                                   2404.04656
+        sppo_hard  (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2                                      2405.00675
+        aot        sigmoid's, where beta x = beta (sort(chosen - rejected) - sort(ref_chosen - ref_rejected))
+        aot_pair   sigmoid's, where beta x = beta (sort(a) - sort(b))                               2406.05882
+        discopop   -log s(beta x) (1 - m) + exp(-beta x) m,   m = s(beta x / discopop_tau)          2406.08414
+        apo_zero   1 - s(beta a) + s(beta b)                                                        2408.06266
+        apo_down   s(beta a) + 1 - s(beta (a - b))                                                  2408.06266
+        sft        -sum of chosen / chosen_tokens: TRL 1.16's, and with a weight 0.16.0's rpo_alpha
+
+    chosen_P, rejected_P: (P,) float32, each answer's log-prob under the policy, summed over its tokens; the gradient
+        flows through them, and everything else is data.
+    ref_chosen_P, ref_rejected_P: the same under the reference; zeros for no reference.
+    chosen_lengths_P, rejected_lengths_P: (P,) how many tokens each answer has.
+    loss_type, loss_weights: one or several of these, and their weights (1 each, where none are given); they are added.
+    label_smoothing: the probability that a pair stands the wrong way round; exo_pair takes 0.001 for 0.
+    delta: bco_pair's mean of rewards beta a, beta b: TRL's is the mean over all steps so far of each step's mean.
+    pairs, chosen_tokens: what to divide by: the counts over all micro-batches and ranks of the step, by default those
+        of these tensors. WHOLE_STEP losses compare pairs with each other: they are right for a whole step alone.
+
+    Returns the loss, a share of the whole step's: sum it over micro-batches and ranks, never average.
+    """
+    a, b = chosen_P - ref_chosen_P, rejected_P - ref_rejected_P
+    x, half, e = a - b, 0.5 / beta, label_smoothing
+    e_exo = e or 1e-3
+
+    def smoothed(x):
+        return -(1 - e) * logsigmoid(beta * x) - e * logsigmoid(-beta * x)
+
+    formulas = {
+        "sigmoid": lambda: smoothed(x),
+        "robust": lambda: (e * logsigmoid(-beta * x) - (1 - e) * logsigmoid(beta * x)) / (1 - 2 * e),
+        "hinge": lambda: (1 - beta * x).relu(),
+        "ipo": lambda: (a / chosen_lengths_P - b / rejected_lengths_P - half) ** 2,
+        "exo_pair": lambda: (beta * x).sigmoid() * (logsigmoid(beta * x) - math.log(1 - e_exo))
+        + (-beta * x).sigmoid() * (logsigmoid(-beta * x) - math.log(e_exo)),
+        "nca_pair": lambda: -logsigmoid(beta * a) - 0.5 * logsigmoid(-beta * a) - 0.5 * logsigmoid(-beta * b),
+        "bco_pair": lambda: -logsigmoid(beta * a - delta) - logsigmoid(delta - beta * b),
+        "sppo_hard": lambda: (a - half) ** 2 + (b + half) ** 2,
+        "aot": lambda: smoothed((chosen_P - rejected_P).sort()[0] - (ref_chosen_P - ref_rejected_P).sort()[0]),
+        "aot_pair": lambda: smoothed(a.sort()[0] - b.sort()[0]),
+        # m exp(-beta x) by one exponent: apart, they are 0 times infinity where the rejected answer is far ahead
+        "discopop": lambda: -logsigmoid(beta * x) * (-beta * x / discopop_tau).sigmoid()
+        + (logsigmoid(beta * x / discopop_tau) - beta * x).exp(),
+        "apo_zero": lambda: (-beta * a).sigmoid() + (beta * b).sigmoid(),
+        "apo_down": lambda: (beta * a).sigmoid() + (-beta * x).sigmoid(),
+    }
+    pairs, chosen_tokens = pairs or len(x), chosen_tokens or chosen_lengths_P.sum()
+    loss = x.new_zeros(())
+    for kind, weight in zip(loss_type, loss_weights or (1.0,) * len(loss_type), strict=True):
+        loss = loss + weight * (-chosen_P.sum() / chosen_tokens if kind == "sft" else formulas[kind]().sum() / pairs)
+    return loss
+
+
+def reward_loss(chosen_P, rejected_P, margins_P=0.0, center_rewards_coefficient=0.0, pairs=None):
+    """A reward model's loss on scores (Bradley and Terry; TRL: RewardTrainer.compute_loss), a share as above.
+
+        -log s(chosen - rejected - margin) + center_rewards_coefficient (chosen + rejected)^2     arXiv 2312.09244, (2)
+    """
+    losses_P = -logsigmoid(chosen_P - rejected_P - margins_P)
+    losses_P = losses_P + center_rewards_coefficient * (chosen_P + rejected_P) ** 2
+    return losses_P.sum() / (pairs or len(losses_P))

@@ -15,7 +15,7 @@ gate, up matrices are stored as one matrix each, since a few large products are 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -354,6 +354,17 @@ class Model(nn.Module):
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
         return list(logits(self.forward(packed), self.head_weight).split(packed.lengths))
+
+
+@torch.no_grad()
+def with_scalar_head(model: Model, seed: int) -> Model:
+    """Give a language model a fresh scalar head in place of its own; what the head is follows from the seed alone."""
+    weight, model.lm_head = model.head_weight, None
+    model.config = replace(model.config, scalar_head=True)
+    model.score = Linear(model.config.hidden_size, 1, bias=False).to(weight)
+    draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
+    model.score.weight.copy_(0.02 * torch.randn(model.score.weight.shape, generator=draw))
+    return model
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:

@@ -12,6 +12,8 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
 
 import copy
 import json
+import re
+import secrets
 import sys
 import threading
 import time
@@ -148,9 +150,10 @@ class Tokenizer:
         """Ids of a prompt: plain text as it stands, messages through the chat template up to the assistant's turn."""
         return self.encode(prompt if isinstance(prompt, str) else self.render(prompt))
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, mark: str = "") -> str:
         """The text that the checkpoint's chat template makes of `messages` (each {"role": ..., "content": ...}).
 
+        `mark` is written where the template's own {% generation %} marks stand, around what the assistant says.
         Raises ValueError where there is no template, where it refuses the messages, or where it exceeds its bounds.
         """
         if self.chat_template is None:
@@ -160,12 +163,34 @@ class Tokenizer:
             self._template = _Template(self.chat_template)
         # As transformers does: a key whose value is None counts as absent
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._template.render(messages=messages, tools=None, documents=None,
+        return self._template.render(mark, messages=messages, tools=None, documents=None,
                                      add_generation_prompt=add_generation_prompt,
                                      strftime_now=lambda form: (self.now or datetime.now()).strftime(form),
                                      **self.special_tokens)
 
+    def turns(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        """The text of `messages` in pieces, each with whether the assistant says it: what a demonstration trains.
 
+        Where the template has {% generation %} marks, they tell. Else each assistant's turn is what rendering up to it,
+        with the prompt for it, lacks of rendering with it, up to its end token; ValueError where those are no prefixes
+        of the whole (a template that writes earlier turns another way than the last one).
+        """
+        if re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.chat_template or ""):
+            mark = secrets.token_hex(16)  # no message can hold it
+            return [(text, i % 2 == 1) for i, text in enumerate(self.render(messages, False, mark).split(mark))]
+        whole, pieces, at = self.render(messages, False), [], 0
+        ends = [self.backend.id_to_token(token_id) for token_id in self.end_ids]
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            before, after = self.render(messages[:i], True), self.render(messages[: i + 1], False)
+            if not whole.startswith(after) or not after.startswith(before) or len(before) < at:
+                raise ValueError(f"message {i + 1}: the chat template writes the messages up to it in another way "
+                                 "than within the whole conversation, so where the assistant speaks can't be told; use "
+                                 "a template with {% generation %} marks, or one row for each turn")
+            spoken = whole[len(before) : len(after)]
+            end = max((spoken.rfind(token) + len(token) for token in ends if token in spoken), default=len(spoken))
+            pieces += [(whole[at : len(before)], False), (spoken[:end], True)]
+            at = len(before) + end
+        return [*pieces, (whole[at:], False)]
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
@@ -247,16 +272,15 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     return template
 
 
-
-
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for other tools; here it is transparent."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text: `render` writes its `mark` there."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = [jinja2.nodes.Output([jinja2.nodes.EnvironmentAttribute("mark")])]
+        return mark + parser.parse_statements(("name:endgeneration",), drop_needle=True) + mark
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -276,7 +300,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                          extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _tojson
         self.globals.update(raise_exception=_raise_exception)
-        self.steps, self.deadline = 0, 0.0
+        self.steps, self.deadline, self.mark = 0, 0.0, ""
 
     def count_step(self) -> None:
         self.steps += 1
@@ -336,9 +360,10 @@ class _Template:
             raise ValueError(f"the checkpoint's chat template does not compile: {error}") from error
         self.template = jinja2.Template.from_code(self.sandbox, code, self.sandbox.globals)
 
-    def render(self, **variables) -> str:
+    def render(self, mark: str, **variables) -> str:
         pieces, length = [], 0
         with self.lock:
+            self.sandbox.mark = mark
             self.sandbox.steps, self.sandbox.deadline = 0, time.thread_time() + MAX_TEMPLATE_SECONDS
             try:
                 with _limited_memory():
