@@ -10,6 +10,7 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
   agree (Llama 3 has `<|end_of_text|>` in one and `<|eot_id|>` in another): `end_ids` is their union.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -127,6 +128,20 @@ class Tokenizer:
         if "strftime_now" in (self.chat_template or ""):
             parts.append((self.now or datetime.now()).isoformat())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def padded(self) -> "Tokenizer":
+        """The same with a padding token that ends no text, so that a padded end token is not taken for padding.
+
+        Without one, where there is no other special token to pad with: then transformers refuses to pad.
+        """
+        other = copy.copy(self)
+        other.special_tokens, other.config = dict(self.special_tokens), dict(self.config)
+        tokens = [self.special_tokens.get(name) for name in ("pad_token", "unk_token", "bos_token")]
+        usable = [token for token in tokens if token and self.backend.token_to_id(token) not in (None, *self.end_ids)]
+        for home in (other.special_tokens, other.config):
+            home.pop("pad_token", None)
+        other.special_tokens |= {"pad_token": token for token in usable[:1]}
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
