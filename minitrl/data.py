@@ -211,14 +211,14 @@ def _write(pairs, arrays, flush: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _write_files(pairs, folder: Path) -> None:
-    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes."""
+def _write_files(pairs, folder: Path, at_least: int = 2**20) -> None:
+    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes; so many tokens at once."""
     arrays = array("i"), bytearray(), array("q"), array("q")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / name, "wb")) for name in FLAT]
 
-        def flush(at_least: int = 2**20) -> None:
-            if len(arrays[0]) >= at_least:
+        def flush(least: int = at_least) -> None:
+            if len(arrays[0]) >= least:
                 for file, part in zip(files, arrays):
                     file.write(part)
                     del part[:]

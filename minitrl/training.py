@@ -284,7 +284,7 @@ def fit(
                     with run.timed("evaluation"):
                         metrics |= evaluate(step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
-                run.log_step(step, metrics, tokens=metrics["tokens"])
+                run.log_step(step, metrics, (), metrics["tokens"])
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
