@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .model import ARCHITECTURES, Model, ModelConfig, hf_tensors
+from .model import Model, ModelConfig, hf_tensors, with_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -37,8 +37,12 @@ REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoin
 STATE_FORMAT, STATE_VERSION = "minitrl state", 1
 
 
-def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
+def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: bool = False,
+         seed: int = 0) -> tuple[Model, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, or of a model on the Hub ("owner/name").
+
+    With scalar_head, a reward or value model: XForSequenceClassification of one label as it is, or XForCausalLM with
+    its head replaced by a fresh one, which follows from the seed alone. Without, only XForCausalLM is opened.
 
     Everything is checked against config.json before memory is taken: ValueError names the file, and each tensor that
     is missing, unknown, misshapen or of a type that is not plain floating point.
@@ -49,6 +53,9 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Mode
                          "or merge the two (python -m minitrl.lora merge)")
     description = read_json(folder / "config.json")
     config = ModelConfig.from_hf(description)
+    if config.scalar_head and not scalar_head:
+        raise ValueError(f"{folder}: a reward or value model ({description['architectures'][0]}), which has no head to "
+                         "predict tokens with; a language model (...ForCausalLM) is needed here")
     if "quantization_config" in description:
         raise ValueError(f"{folder / 'config.json'}: quantized weights are not supported; dequantize the model first")
     if "auto_map" in description:
@@ -64,7 +71,7 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu") -> tuple[Mode
         model = Model(config)
     model.to(dtype).to_empty(device=device)
     _fill(model, files)
-    return model, tokenizer
+    return with_scalar_head(model, seed) if scalar_head and not config.scalar_head else model, tokenizer
 
 
 def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None,
@@ -78,9 +85,13 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
     dtype = dtype or model.embed_tokens.weight.dtype
     config = model.config.to_hf()
     config.pop("dtype", None)  # transformers 5's name; 4 and vLLM know the old one, and all read it
-    config |= {"architectures": [ARCHITECTURES[model.config.model_type]], "torch_dtype": str(dtype).split(".")[-1]}
+    config["torch_dtype"] = str(dtype).split(".")[-1]
     if tokenizer.end_ids:
         config.setdefault("eos_token_id", tokenizer.end_ids[0])
+    if model.config.scalar_head:  # transformers scores the last token that is not padding
+        tokenizer = tokenizer.padded()
+        padding = tokenizer.special_tokens.get("pad_token")
+        config["pad_token_id"] = tokenizer.backend.token_to_id(padding) if padding else None
     refuse_strangers(folder)
     with published(Path(os.path.realpath(folder))) as temporary:
         write_json(temporary / "config.json", config)
