@@ -207,8 +207,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
-        given_T = experience.spread(per_token_R, index_C, mask_T)
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(per_token_R, index_C, mask_T, like_T=logprobs_T)
         loss, shares = losses.grpo_loss(
             logprobs_T,
             logprobs_T.detach() if on_policy else given_T["old"],

@@ -266,7 +266,7 @@ def ppo_loss(
         "loss/value_avg": value.detach(),
         "policy/approxkl_avg": 0.5 * difference.square().sum() / tokens,
         "policy/clipfrac_avg": shares["clip_ratio/region_mean"],
-        "val/clipfrac_avg": (bound > free).sum() / tokens,
+        "val/clipfrac_avg": (bound > free).to(value).sum() / tokens,
         "val/ratio": ratio.sum() / tokens,
         "val/ratio_squared": ratio.square().sum() / tokens,
     }

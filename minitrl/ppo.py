@@ -150,7 +150,8 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
     scored_PG = ~rollouts.rewards_PG.isnan()
     plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world.size)
     old_R, _ = experience.score(policy, rollouts, plan, config, world)
-    [values_R] = experience.measure(lambda pack, _: [values_before(value_model, pack)], 1, rollouts, plan, world)
+    values_of = lambda pack, _: [values_before(value_model, pack)]
+    [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
     known, rewards_R = {"old": old_R, "values": values_R}, torch.zeros(len(old_R), dtype=torch.float64)
     if reference:
         reference_R, _ = experience.score(reference, rollouts, plan, config, world)
@@ -164,7 +165,7 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
         rewards_R[kept_R] = losses.whiten(rewards_R[kept_R], shift_mean=False)
     advantages_R, returns_R = losses.gae(rewards_R, values_R, lengths_N.tolist(), config.gamma, config.lam)
     advantages_R[kept_R] = losses.whiten(advantages_R[kept_R])
-    known |= {"advantages": advantages_R.float(), "returns": returns_R.float()}
+    known |= {"advantages": advantages_R.to(old_R), "returns": returns_R.to(old_R)}
     sums_N = torch.zeros(len(lengths_N), dtype=torch.float64)
     sums_N.index_add_(0, torch.arange(len(lengths_N)).repeat_interleave(lengths_N), advantages_R)
     mean_PG = (sums_N / lengths_N).float().view_as(scored_PG)
@@ -201,8 +202,8 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         mask_T = pack.completion_T
-        given_T = experience.spread(known, index_C, mask_T)
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(known, index_C, mask_T, like_T=logprobs_T)
         loss, shares = losses.ppo_loss(
             logprobs_T,
             given_T["old"],
