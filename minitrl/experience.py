@@ -151,8 +151,8 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group", estimator: str 
         TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added).
     rloo: reward minus the mean of the group's n - 1 others, which is n / (n - 1) times reward minus the group's mean
         (arXiv 2402.14740; TRL: RLOOTrainer).
-    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, where every token counts (lengths_PG),
-        not every completion (arXiv 2501.03262).
+    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, of tokens and not of completions
+        (lengths_PG; arXiv 2501.03262).
 
     Samples without a reward (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal, or
     for reinforce_plus_plus such a batch, gets exactly 0, where rounding would leave 1e-8 / 1e-4.
