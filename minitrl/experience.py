@@ -151,8 +151,8 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group", estimator: str 
         TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added).
     rloo: reward minus the mean of the group's n - 1 others, which is n / (n - 1) times reward minus the group's mean
         (arXiv 2402.14740; TRL: RLOOTrainer).
-    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, where every token counts (lengths_PG),
-        not every completion (arXiv 2501.03262).
+    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, of tokens and not of completions
+        (lengths_PG; arXiv 2501.03262).
 
     Samples without a reward (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal, or
     for reinforce_plus_plus such a batch, gets exactly 0, where rounding would leave 1e-8 / 1e-4.
@@ -323,29 +323,30 @@ def generate_and_score(
 
 
 @torch.no_grad()
-def measure(compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
-    """`count` tensors (R,) float32 about the planned completions' tokens, the same on every rank; 0 for the others.
+def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
+    """`count` tensors (R,) about the planned completions' tokens, the same on every rank; 0 for the others.
 
-    compute(pack, completion_T) gives them for a micro-batch, as (T,).
+    compute(pack, completion_T) gives them for a micro-batch, as (T,). float32, or float64 where the model is.
     """
-    found = torch.zeros(count, len(rollouts.tokens_R))
+    dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+    found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
-        found[:, index_C] = torch.stack([values_T[scored_T].float().cpu() for values_T in compute(pack, scored_T)])
+        found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
     sum_([found], world)
     return list(found)
 
 
 def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> list[Tensor]:
     """[logprobs_R, entropy_R] of the planned completions under `model`; see `measure`."""
-    return measure(lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
+    return measure(model, lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
 
 
-def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor) -> dict[str, Tensor]:
+def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor, like_T: Tensor) -> dict[str, Tensor]:
     """Of each tensor (R,) what belongs to a micro-batch's completion tokens (`Rollouts.pack`), as (T,), 0 elsewhere."""
-    zeros_T = torch.zeros(len(mask_T), device=mask_T.device)
-    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(mask_T.device)) for name, x_R in values_R.items()}
+    zeros_T = torch.zeros_like(like_T, requires_grad=False)
+    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(like_T)) for name, x_R in values_R.items()}
 
 
 def with_advantages(rollouts: Rollouts, scale_rewards: str, estimator: str = "grpo") -> Rollouts:
