@@ -486,8 +486,9 @@ class Engine:
         feeding.sort(key=lambda fed: fed[1] > 1)
         rows, counts = np.array([s.row for s, _ in feeding]), np.array([count for _, count in feeding])
         ends = np.array([s.cached for s, _ in feeding])
-        tokens = [s.ids[-1] if count == 1 and s.ids else s.tokens[s.cached - count : s.cached] for s, count in feeding]
-        tokens = np.concatenate([np.atleast_1d(ids) for ids in tokens])
+        fed = [s.ids[-1:] if count == 1 and s.cached == s.length else [] for s, count in feeding]
+        fed = [ids or s.tokens[s.cached - count : s.cached] for ids, (s, count) in zip(fed, feeding)]
+        tokens = np.concatenate(fed)
         last = counts.cumsum() - 1
         positions = np.repeat(ends - 1 - last, counts) + np.arange(len(tokens))
         # In the deterministic mode all are chunks, since their kernel is the one that has the trainer's bits.
