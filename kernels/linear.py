@@ -14,9 +14,9 @@ switch for that, but there are the operators that torch.compile uses: one lays a
 
 All is summed in the inputs' own precision, as by F.linear, in another order.
 
-In the deterministic mode a row's bits depend on that row and the weight alone. On a GPU matmul.py sees to that. On a CPU
-TILE rows are multiplied at a time, however many there are (zeros fill the last tile up), and exponentials are those of
-`exp`: PyTorch's silu and exp2 give a number other bits in the last, unfilled vector of an array than elsewhere.
+In the deterministic mode a row's bits depend on that row and the weight alone. On a GPU matmul.py sees to that. On a
+CPU TILE rows are multiplied at a time, however many there are (zeros fill the last tile up), and exponentials are those
+of `exp`: PyTorch's silu and exp2 give a number other bits in the last, unfilled vector of an array than elsewhere.
 """
 
 import platform
@@ -97,16 +97,19 @@ def logits(hidden: Tensor, weight: Tensor, deterministic: bool = False) -> Tenso
     return linear(hidden, weight).float()
 
 
-def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, deterministic: bool = False) -> Tensor:
+def swiglu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, deterministic: bool = False
+) -> Tensor:
     """silu(x Wg^T + bg) * (x Wu^T + bu) (arXiv 2002.05202): the gates' rows of the weight, then as many of the ups.
 
-    x: (N, I).  weight: (2 F, I).  bias: (2 F,).  Returns (N, F); differentiable.
+    x: (N, I).  weight: (2 F, I).  bias: (2 F,).  residual: (N, 2 F), added to both products before anything else.
+    Returns (N, F); differentiable.
     """
-    if not deterministic and _sampling(x, weight):
+    if residual is None and not deterministic and _sampling(x, weight):
         gates, ups = _packed_once(weight, lambda both: [_pack(half) for half in both.chunk(2)])
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
         return _multiply_and(x, ups, up_bias, _multiply(x, gates, gate_bias, "swish"), "mul")
-    return SwiGLU.apply(linear(x, weight, bias, deterministic=deterministic), deterministic)
+    return SwiGLU.apply(linear(x, weight, bias, residual, deterministic), deterministic)
 
 
 def _sampling(x: Tensor, weight: Tensor) -> bool:

@@ -28,6 +28,7 @@ from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
 ROWS = 1024  # of the tile of logits that is held at a time, by COLUMNS
+KEPT_ROWS = 256  # tokens whose logits `token_logprob_sum` holds at a time, of the whole vocabulary
 KEEP = 2**27  # bytes of exponentials that wait for the backward pass
 SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
@@ -158,6 +159,52 @@ class TiledTokenLogprob(torch.autograd.Function):
         return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None, None
 
 
+class TokenLogprobSum(torch.autograd.Function):
+    """The sum, and at once its gradients: the logits of a few rows become their own gradient. Rows are the outer loop.
+
+    Also whether each target is the likeliest token, the first of those that are equally likely.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, g, h, temperature):
+        T, dtype, scale = len(hidden), stat_dtype(hidden), 1 / (temperature * LN2)
+        logprobs, entropy, top = *hidden.new_empty((2, T), dtype=dtype), torch.empty_like(targets, dtype=torch.bool)
+        trained, entropy_counts = any(ctx.needs_input_grad[:2]), bool(h.any())
+        d_hidden = torch.empty_like(hidden) if trained else None
+        d_weight = weight.new_zeros(weight.shape, dtype=dtype) if ctx.needs_input_grad[1] else None
+        tile, spare = hidden.new_empty((2, KEPT_ROWS * len(weight)), dtype=dtype)
+        for rows in blocks(T, KEPT_ROWS):
+            x, y = hidden[rows], targets[rows, None]
+            z = _logits(x, weight, tile)
+            highest, likeliest = z.max(-1, keepdim=True)
+            top[rows] = (likeliest == y)[:, 0]
+            chosen = z.gather(1, y)
+            z.sub_(highest).mul_(scale)
+            e = torch.exp2(z, out=_tile(spare, *z.shape))
+            total = e.sum(-1, keepdim=True)
+            entropy_rows = total.log() - LN2 * torch.linalg.vecdot(e, z)[:, None] / total
+            logprobs[rows] = ((chosen - highest) / temperature - total.log())[:, 0]
+            entropy[rows] = entropy_rows[:, 0]
+            if trained:
+                a, b = (upstream[rows, None].to(dtype) / -temperature for upstream in (g, h))
+                if entropy_counts:
+                    e.mul_(z.sub_(total.log2()).mul_(LN2 * b).add_(a + b * entropy_rows).div_(total))
+                else:
+                    e.mul_(a / total)
+                dz = e.scatter_add_(1, y, -a).to(weight.dtype)
+                d_hidden[rows] = product(dz, weight.t())
+                if d_weight is not None:
+                    d_weight += product(dz.t(), x.t())
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(logprobs, entropy, top)
+        return (g * logprobs + h * entropy).sum(), logprobs, entropy, top
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        found = (None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
+        return *found, None, None, None, None
+
+
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
     """The beginning of a buffer as a matrix: fresh memory for each tile costs more than what is done in it."""
     return buffer[: rows * columns].view(rows, columns)
@@ -223,24 +270,28 @@ def token_logprob_sum(
     """sum_t (weights_t log-prob_t + entropy_weights_t entropy_t): for losses known before the forward pass, as SFT's.
 
     Logits are then computed once and not twice: one product of four is saved. Other arguments are token_logprob's.
-    Returns (the sum, logprobs_T, entropy_T), of which the sum alone carries gradients, to hidden and weight alone.
+    Returns (the sum, logprobs_T, entropy_T, top_T), top_T bool: whether no token is likelier than the target. The sum
+    alone carries gradients, to hidden and weight alone.
     """
     zeros = torch.zeros_like(weights_T)
     g, h = weights_T.detach(), zeros if entropy_weights_T is None else entropy_weights_T.detach()
-    trained = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    if trained and use_triton(hidden_TD):
+    scored_T = targets_T != IGNORE  # elsewhere a weight may be NaN
+    if use_triton(hidden_TD):
         check(hidden_TD, weight_VD)
-        from .token_logprob_triton import token_logprob_sum_op
+        from . import token_logprob_triton as kernels
 
-        total, out, *_ = token_logprob_sum_op(
-            hidden_TD, weight_VD, targets_T, g.float(), h.float(), temperature, deterministic
-        )
-        return total, out[0].detach(), out[1].detach()
-    options = {"temperature": temperature, "deterministic": deterministic}
-    logprobs, entropy = token_logprob(hidden_TD, weight_VD, targets_T, **options)
-    scored = targets_T != IGNORE  # elsewhere a weight may be NaN
-    total = torch.where(scored, g * logprobs + h * entropy, 0).sum()
-    return total, logprobs.detach(), entropy.detach()
+        if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+            sums = g.float(), h.float(), temperature, deterministic
+            total, out, *_ = kernels.token_logprob_sum_op(hidden_TD, weight_VD, targets_T, *sums)
+        else:
+            out = kernels.token_logprob_op(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+            total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
+        out = out.detach()
+        return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
+    scored = scored_T.nonzero()[:, 0]
+    hidden, targets, g, h = (x.index_select(0, scored) for x in (hidden_TD, targets_T, g, h))
+    total, *found = TokenLogprobSum.apply(hidden, weight_VD, targets, g, h, temperature)
+    return total, *(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
 def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):

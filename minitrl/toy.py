@@ -15,6 +15,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
+from .data import Documents
 from .distributed import World
 from .model import Model, ModelConfig
 from .packing import pack_groups
@@ -40,6 +41,18 @@ PRESET = {
     "num_completions_to_print": 3,
 }
 
+PPO_PRESET = PRESET | {"prompts_per_step": 256, "kl_coef": 0.0, "max_steps": 500}
+
+SFT_PRESET = {
+    "dtype": "float32",
+    "gradient_checkpointing": False,
+    "learning_rate": 2e-3,
+    "examples_per_step": 64,
+    "max_steps": 300,
+    "logging_steps": 25,
+    "eval_steps": 100,
+}
+
 
 def build(seed: int, device="cpu", log=print) -> tuple[Model, Tokenizer]:
     """The model after its warm-up, float32, and the tokenizer. `log` gets one line of text."""
@@ -57,6 +70,13 @@ def datasets(seed: int) -> tuple[list[dict], list[dict]]:
     tokenizer, words = make_tokenizer(), split(seed)
     train, held_out = ([_row(tokenizer, word) for word in words[name]] for name in ("train", "held_out"))
     return train, held_out
+
+
+def demonstrations(seed: int) -> tuple[Documents, Documents]:
+    """(what sft.py trains on, what it holds out): words and their answers, of which the answers are learnt."""
+    tokenizer, words = make_tokenizer(), split(seed)
+    pairs = [[(_prompt(tokenizer, word), _answer(tokenizer, word)) for word in words[n]] for n in ("train", "held_out")]
+    return tuple(Documents.of([(p + a, [0] * len(p) + [1] * len(a)) for p, a in part]) for part in pairs)
 
 
 def split(seed: int) -> dict[str, list[str]]:
