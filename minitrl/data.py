@@ -7,7 +7,12 @@ Every other key is a column, which the reward functions receive. Demonstrations 
 
     {"prompt": ..., "completion": ...}    {"messages": [...]}    {"text": "..."}
 
-where prompt and completion are both text or both messages, and other keys are passed over. The order of training is a
+where prompt and completion are both text or both messages, and other keys are passed over; preferences
+(`load_preferences`)
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}    {"chosen": [...], "rejected": [...]}
+
+with a prompt, or whole conversations whose shared beginning is one. The order of training is a
 pure function of (seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one
 with another number of ranks, reads the same rows in the same order.
 """
@@ -72,11 +77,100 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:
-    """A digest of what `load_prompts` gave: the ids of every prompt and every column, in order."""
+    """A digest of what `load_prompts` or `load_preferences` gave: all ids and all columns, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row["prompt_ids"], row["columns"]]).encode())
+        digest.update(json.dumps([value for name, value in row.items() if name != "prompt"]).encode())
     return digest.hexdigest()
+
+
+def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tuple[list[dict[str, Any]], int]:
+    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO, and how many were too long.
+
+    Answers have their end token. A row without "prompt" has two whole conversations, whose shared messages up to the
+    first answer that differs are the prompt; or two whole texts, and the tokens that they both begin with. "margin" is
+    a number, 0 where it is not given; other keys are passed over. A pair whose prompt and longer answer have more than
+    max_length tokens is left out and counted, and the caller prints the count: an answer that is cut has no end.
+    """
+    rows, dropped = [], 0
+    for line, row in _numbered_rows(Path(path)):
+        try:
+            prompt_ids, chosen_ids, rejected_ids = _preference(row, tokenizer)
+            if not prompt_ids:
+                raise ValueError("chosen and rejected have no prompt, nor a beginning in common that could be one")
+            margin = row.get("margin", 0.0)
+            if type(margin) not in (int, float):
+                raise ValueError(f"margin must be a number, not {margin!r}")
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+        if max_length is not None and len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:
+            dropped += 1
+        else:
+            ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+            rows.append(ids | {"margin": float(margin)})
+    if not rows:
+        raise ValueError(f"{path}: all {dropped} pairs are longer than --max_length {max_length}; raise it")
+    return rows, dropped
+
+
+def _preference(row: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """The ids of a row's prompt, chosen and rejected answer."""
+    absent = [name for name in ("chosen", "rejected") if name not in row]
+    if absent:
+        raise ValueError(f'no "{absent[0]}"; this row has {", ".join(row) or "no keys"}')
+    answers = [row["chosen"], row["rejected"]]
+    if "prompt" in row:
+        prompt = _checked_prompt(dict(row))
+    elif all(isinstance(answer, str) for answer in answers):
+        chosen, rejected = ([*_ended(tokenizer, tokenizer.encode(answer))] for answer in answers)
+        shared = _shared(chosen[:-1], rejected[:-1])
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        for name in ("chosen", "rejected"):
+            _check_messages(row[name], name)
+        shared = _shared(*answers)
+        while shared and answers[0][shared - 1]["role"] == "assistant":  # the same answer twice, then another turn
+            shared -= 1
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+        if not prompt:
+            return [], [], []
+    (prompt_ids, chosen), (_, rejected) = (answered(tokenizer, prompt, answer) for answer in answers)
+    return prompt_ids, chosen, rejected
+
+
+def answered(tokenizer, prompt: str | list, answer: str | list) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, as it is sampled from, and of an answer to it, its end token last; both text or messages.
+
+    What a chat template writes behind the end token, a newline mostly, is never sampled, and left out.
+    """
+    if isinstance(prompt, str):
+        if not isinstance(answer, str):
+            raise ValueError("the prompt is text: the answers to it must be text too, not messages")
+        before, whole = prompt, prompt + answer
+    else:
+        _check_messages(answer, "an answer to messages")
+        before, whole = tokenizer.render(prompt), tokenizer.render(prompt + answer, add_generation_prompt=False)
+        if not whole.startswith(before):
+            raise ValueError("the chat template writes the prompt in another way alone than before an answer, so where "
+                             "the answer begins can't be told; use another template, or prompts and answers as text")
+    ids, mask = _encode(tokenizer, [(before, False), (whole[len(before) :], True)])
+    ids, prompt_ids = ids[mask.count(0) :], ids[: mask.count(0)]
+    last = max((i for i, token in enumerate(ids) if token in tokenizer.end_ids), default=-1) + 1
+    if last and not tokenizer.decode(ids[last:]).strip():
+        ids = ids[:last]
+    return prompt_ids, _ended(tokenizer, ids)
+
+
+def _ended(tokenizer, ids: list[int]) -> list[int]:
+    """The ids, with an end token last."""
+    if not tokenizer.end_ids:
+        raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
+    return ids if ids and ids[-1] in tokenizer.end_ids else [*ids, tokenizer.end_ids[0]]
+
+
+def _shared(left: list, right: list) -> int:
+    """How many items two lists have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
 @dataclass(frozen=True)
@@ -188,10 +282,9 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
                              "where the completion begins can't be told; use another template, or "
                              "--no_completion_only_loss")
     ids, mask = _encode(tokenizer, _cut(pieces, unlearnt))
-    if plain and (not ids or ids[-1] not in tokenizer.end_ids):
-        if not tokenizer.end_ids:
-            raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
-        ids, mask = [*ids, tokenizer.end_ids[0]], mask + b"\1"
+    if plain:
+        ids = _ended(tokenizer, ids)
+        mask = mask.ljust(len(ids), b"\1")
     return ids, mask
 
 

@@ -20,6 +20,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -176,6 +177,7 @@ def load(config: Config, functions, eval_functions, run):
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
             f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.open_models(functions + eval_functions, tokenizer, world.device, partial(distributed.print0, world))
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])

@@ -91,17 +91,18 @@ def load(config: Config, run):
 def learn(model, rows: list[dict], indices: list[int], config: Config, world) -> dict:
     """Leave this process's share of the gradient of the rows' loss in the model, unless under no_grad; returns the
     metrics of all rows."""
-    scores_P2, margins_P = torch.zeros(len(rows), 2), torch.tensor([float(row["margin"]) for row in rows])
+    scores_P2 = torch.zeros(len(rows), 2, device=world.device)
+    margins_P = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     centre, offending = config.center_rewards_coefficient, []
     for members, pack in pairs.batches(rows, config, world):
         scores = model.values(pack)[pack.cu_seqlens[1:] - 1].view(-1, 3)[:, 1:]  # prompt, chosen, rejected: their last
         loss = losses.reward_loss(*scores.unbind(1), margins_P[members].to(world.device), centre, len(rows))
         if loss.requires_grad:
             loss.backward()
-        if not loss.isfinite():
-            offending += members
-        scores_P2[members] = scores.detach().cpu()
+        offending += [p for p, sound in zip(members, scores.isfinite().all(1).tolist()) if not sound]
+        scores_P2[members] = scores.detach()
     distributed.sum_([scores_P2], world)
+    scores_P2 = scores_P2.cpu()
     metrics = {"loss": losses.reward_loss(*scores_P2.unbind(1), margins_P, centre).item()}
     metrics |= statistics(scores_P2, pairs.lengths(rows)) | {"tokens": pairs.tokens(rows)}
     return metrics | {"offending": [indices[p] for p in offending] if indices else []}

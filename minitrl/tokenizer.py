@@ -135,6 +135,12 @@ class Tokenizer:
         other.special_tokens |= {"pad_token": token for token in usable[:1]}
         return other
 
+    def writes_as(self, other: "Tokenizer") -> bool:
+        """Whether both make the same ids of the same prompt."""
+        names = (self.special_tokens.keys() & other.special_tokens.keys()) - {"pad_token"}
+        same = self.chat_template == other.chat_template and self.backend.to_str() == other.backend.to_str()
+        return same and all(self.special_tokens[name] == other.special_tokens[name] for name in names)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
         try:

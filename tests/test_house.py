@@ -13,7 +13,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout rollout_client transfer losses rewards data packing checkpoint lora model "
+    "experience training runs console rollout rollout_client transfer losses rewards data packing pairs checkpoint lora model "
     "tokenizer distributed config kernels".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
@@ -21,16 +21,17 @@ ARROWS = {
     "experience": {"rollout", "rollout_client", "rewards", "packing", "distributed"},
     "training": {"distributed", "checkpoint", "packing", "runs", "data"},
     "runs": {"distributed", "checkpoint", "console"},
+    "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
-    "rewards": {"model"},
+    "rewards": {"model", "checkpoint", "tokenizer", "data", "packing"},
     "lora": {"model"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
-    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft")},
+    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo")},
 }
 
 # What else may be imported: at the top of a file, or only inside the function that needs it.
