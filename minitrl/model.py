@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
 from .kernels.linear import linear, logits, swiglu
-from .kernels.token_logprob import token_logprob
+from .kernels.token_logprob import token_logprob, token_logprob_sum
 from .packing import Pack, pack
 
 ARCHITECTURES = {
@@ -349,6 +349,17 @@ class Model(nn.Module):
         """
         assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
         return (self.forward(pack).float() @ self.score.weight.float().T)[:, 0]
+
+    def logprob_sum(self, pack: Pack, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sum of weights_T times log-prob, and detached (T,): log-prob, entropy, whether the token is the likeliest).
+
+        For losses whose weights are known before the forward pass: cheaper than `logprobs`. Only tokens whose weight is
+        not 0 are looked at; those without a predictor must have weight 0.
+        """
+        scored = weights_T.nonzero()[:, 0]
+        hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
+        total, *found = token_logprob_sum(hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored])
+        return total, *(x.new_zeros(len(weights_T)).index_copy(0, scored, x) for x in found)
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""

@@ -24,6 +24,9 @@ from . import checkpoint, data, runs
 from .distributed import World, any_true, sum_
 
 
+CACHED = 2**20  # numbers that a processor's cache holds
+
+
 class NotFinite(ArithmeticError):
     """A loss or gradient that is NaN or infinite; the weights are those of the step before."""
 
@@ -162,7 +165,9 @@ class Optimizer:
 def _move_gradient(grads: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     """Add a parameter's fresh bfloat16 gradient to its float32 sum."""
     if name in grads:
-        grads[name].add_(parameter.grad)
+        flat = grads[name].view(-1), parameter.grad.reshape(-1)
+        for total, part in zip(*(x.split(CACHED) for x in flat)) if parameter.device.type == "cpu" else [flat]:
+            total.add_(part)  # which makes, on a CPU, a float32 copy of all that it is given
     else:
         grads[name] = parameter.grad.float()
     parameter.grad = None
