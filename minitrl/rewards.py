@@ -101,7 +101,7 @@ class RewardModel:
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         self.model, self.tokenizer = checkpoint.load(self.folder, dtype, device, scalar_head=True)
         self.policy_tokenizer, self.tokenizer.now = policy_tokenizer, policy_tokenizer.now
-        self.same = self.tokenizer.writes_as(policy_tokenizer)
+        self.same = self.tokenizer.fingerprint() == policy_tokenizer.fingerprint()
         if not self.same:
             log(f"--reward {self.folder}: its tokenizer or chat template is not the policy's; it reads texts, not ids")
 

@@ -10,11 +10,8 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
   agree (Llama 3 has `<|end_of_text|>` in one and `<|eot_id|>` in another): `end_ids` is their union.
 """
 
-<<<<<<< HEAD
 import copy
-=======
 import hashlib
->>>>>>> 4e17121effcc36f94d157c5f964e471cb7ab7a20
 import json
 import re
 import secrets
@@ -125,7 +122,6 @@ class Tokenizer:
                 generation_config.setdefault(f"{name}_id", self.backend.token_to_id(self.special_tokens[name]))
         write_json(folder / "generation_config.json", generation_config)
 
-<<<<<<< HEAD
     def padded(self) -> "Tokenizer":
         """The same with a padding token that ends no text, so that a padded end token is not taken for padding.
 
@@ -140,19 +136,13 @@ class Tokenizer:
         other.special_tokens |= {"pad_token": token for token in usable[:1]}
         return other
 
-    def writes_as(self, other: "Tokenizer") -> bool:
-        """Whether both make the same ids of the same prompt."""
-        names = (self.special_tokens.keys() & other.special_tokens.keys()) - {"pad_token"}
-        same = self.chat_template == other.chat_template and self.backend.to_str() == other.backend.to_str()
-        return same and all(self.special_tokens[name] == other.special_tokens[name] for name in names)
-=======
     def fingerprint(self) -> str:
         """A digest of all that decides which ids a text or a conversation gets."""
-        parts = [self.backend.to_str(), self.chat_template, self.special_tokens, self.end_ids]
+        special = {name: token for name, token in self.special_tokens.items() if name != "pad_token"}  # never written
+        parts = [self.backend.to_str(), self.chat_template, special, self.end_ids]
         if "strftime_now" in (self.chat_template or ""):
             parts.append((self.now or datetime.now()).isoformat())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
->>>>>>> 4e17121effcc36f94d157c5f964e471cb7ab7a20
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
