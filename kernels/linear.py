@@ -76,16 +76,17 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return linear(hidden, weight).float()
 
 
-def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """silu(x Wg^T + bg) * (x Wu^T + bu) (arXiv 2002.05202): the gates' rows of the weight, then as many of the ups.
 
-    x: (N, I).  weight: (2 F, I).  bias: (2 F,).  Returns (N, F); differentiable.
+    x: (N, I).  weight: (2 F, I).  bias: (2 F,).  residual: (N, 2 F), added to both products before anything else.
+    Returns (N, F); differentiable.
     """
-    if _sampling(x, weight):
+    if residual is None and _sampling(x, weight):
         gates, ups = _packed_once(weight, lambda both: [_pack(half) for half in both.chunk(2)])
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
         return _multiply_and(x, ups, up_bias, _multiply(x, gates, gate_bias, "swish"), "mul")
-    return SwiGLU.apply(linear(x, weight, bias))
+    return SwiGLU.apply(linear(x, weight, bias, residual))
 
 
 def _sampling(x: Tensor, weight: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch.nn.functional import logsigmoid
 
 from .kernels import grpo_loss as kernel
@@ -188,3 +189,85 @@ def reward_loss(chosen_P, rejected_P, margins_P=0.0, center_rewards_coefficient=
     losses_P = -logsigmoid(chosen_P - rejected_P - margins_P)
     losses_P = losses_P + center_rewards_coefficient * (chosen_P + rejected_P) ** 2
     return losses_P.sum() / (pairs or len(losses_P))
+
+
+def kl_estimate(logprobs_R, ref_logprobs_R, kl_estimator="k1"):
+    """(R,) each token's estimate of KL(policy || reference) from its log-probs (Schulman, joschu.net/blog/kl-approx.html).
+
+    k1 = log pi - log ref, unbiased, maybe negative; k3 = exp(-k1) - 1 + k1, unbiased and never negative.
+    """
+    log_ratio_R = logprobs_R - ref_logprobs_R
+    return log_ratio_R if kl_estimator == "k1" else kernel.k3(-log_ratio_R)[0]
+
+
+def gae(rewards_R, values_R, lengths_N, gamma=1.0, lam=0.95):
+    """(advantages, returns), float64 (R,), of N completions end to end: GAE(gamma, lam), arXiv 1506.02438 eq. 16.
+
+        delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
+
+    values_R: V_t, the value before token t. Behind a completion's last token V and A are 0.  lengths_N: ints.
+    """
+    rewards, values, found, end = rewards_R.tolist(), values_R.tolist(), [], len(rewards_R)
+    for length in reversed(lengths_N):
+        advantage = following = 0.0
+        for t in range(end - 1, end - length - 1, -1):
+            advantage = rewards[t] + gamma * following - values[t] + gamma * lam * advantage
+            following = values[t]
+            found.append(advantage)
+        end -= length
+    advantages_R = torch.tensor(found[::-1], dtype=torch.float64)
+    return advantages_R, advantages_R + values_R.double()
+
+
+def whiten(x_R, shift_mean=True):
+    """(x - mean) / sqrt(variance + 1e-8), the variance unbiased (TRL: masked_whiten); without shift_mean plus the mean."""
+    variance, mean = torch.var_mean(x_R, correction=min(1, len(x_R) - 1)) if len(x_R) else (x_R, x_R)
+    whitened_R = (x_R - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened_R if shift_mean else whitened_R + mean
+
+
+def ppo_loss(
+    logprobs_T,
+    old_logprobs_T,
+    advantages_T,
+    values_T,
+    old_values_T,
+    returns_T,
+    mask_T,
+    *,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    tokens=None,
+):
+    """PPO's loss of policy and value model together (arXiv 1707.06347 eq. 7 and 9; TRL 0.16.0: PPOTrainer.train).
+
+        policy_t = -min( r_t A_t,  clip(r_t, 1 +- cliprange) A_t ),    r_t = exp(log pi(t) - log pi_old(t))
+        value_t  = max( (V_t - R_t)^2,  (clip(V_t, V_old_t +- cliprange_value) - R_t)^2 ) / 2
+        loss     = sum over tokens of (policy_t + vf_coef value_t) / tokens
+
+    logprobs_T, values_T: (T,) float32 under policy and value model; the gradient flows through them alone.
+    mask_T: (T,) bool, the tokens trained on; others may hold NaN.
+    tokens: what to divide by: the count over all micro-batches and ranks of the minibatch, by default that of mask_T.
+
+    Returns (loss, metrics): shares of the whole minibatch's: sum them over micro-batches and ranks, never average.
+    """
+    tokens = max(1, int(mask_T.sum()) if tokens is None else tokens)
+    policy, shares = grpo_loss(logprobs_T, old_logprobs_T, advantages_T, mask_T, epsilon=cliprange, tokens=tokens)
+    given = (logprobs_T.detach(), old_logprobs_T, values_T, old_values_T, returns_T)
+    new, old, values, old_values, returns = (x_T[mask_T] for x_T in given)
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    free, bound = (values - returns).square(), (clipped - returns).square()
+    value = 0.5 * torch.maximum(free, bound).sum() / tokens
+    difference = new - old
+    ratio = difference.clamp(-kernel.MAX_LOG_RATIO, kernel.MAX_LOG_RATIO).exp()
+    metrics = {
+        "loss/policy_avg": policy.detach(),
+        "loss/value_avg": value.detach(),
+        "policy/approxkl_avg": 0.5 * difference.square().sum() / tokens,
+        "policy/clipfrac_avg": shares["clip_ratio/region_mean"],
+        "val/clipfrac_avg": (bound > free).sum() / tokens,
+        "val/ratio": ratio.sum() / tokens,
+        "val/ratio_squared": ratio.square().sum() / tokens,
+    }
+    return policy + vf_coef * value, metrics

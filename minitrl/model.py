@@ -207,10 +207,19 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
+    """nn.Linear by way of `linear`, and the place for an adapter (lora.py)."""
+
+    def __init__(self, *sizes: int, bias: bool):
+        super().__init__(*sizes, bias=bias)
+        self.adapter = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, self.on_top(x, residual))
+
+    def on_top(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """What is added to the product: the residual, and what the adapter makes of x."""
+        adapted = None if self.adapter is None else self.adapter(x)
+        return residual if adapted is None else adapted if residual is None else residual + adapted
 
 
 class Normalise(torch.autograd.Function):
@@ -235,7 +244,8 @@ class Normalise(torch.autograd.Function):
         product = dy * n
         mean = (product @ wide_weight)[..., None] / len(weight)
         dx = (dy * wide_weight).addcmul_(n, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -284,8 +294,8 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, cos, sin).split(heads, dim=1)
         x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
-        up = self.gate_up_proj
-        return self.down_proj(swiglu(self.post_attention_layernorm(x), up.weight, up.bias), x)
+        y, up = self.post_attention_layernorm(x), self.gate_up_proj
+        return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y)), x)
 
 
 class Model(nn.Module):
@@ -295,6 +305,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
+        self.adapters = None  # what lora.py's adapters have in common, where there are any
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -325,6 +336,8 @@ class Model(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """(T, D) hidden states of a pack; completions read their shared prompt."""
+        if self.adapters is not None:
+            self.adapters.prepare(pack)
 
         def attend(layer, q, k, v):
             layout = {"lengths": pack.lengths, "prefixes": pack.prefixes, "window": self.config.windows[layer]}

@@ -38,7 +38,7 @@ MAY_CHANGE = (
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
-PLACES = ("model", "dataset", "eval_dataset", "output_dir", "plot")
+PLACES = ("model", "adapter", "value_model", "dataset", "eval_dataset", "output_dir", "plot")
 
 # What an evaluation shows on the console, of what it writes as eval/...
 HELD_OUT = ("accuracy", "reward", "loss", "mean_token_accuracy", "rewards/accuracies")

@@ -41,6 +41,8 @@ PRESET = {
     "num_completions_to_print": 3,
 }
 
+PPO_PRESET = PRESET | {"prompts_per_step": 256, "kl_coef": 0.0, "max_steps": 500}
+
 SFT_PRESET = {
     "dtype": "float32",
     "gradient_checkpointing": False,

@@ -19,7 +19,7 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint training toy".split()
+        "rollout rollout_client rewards packing distributed config data checkpoint lora training toy".split()
     ),
     "training": {"distributed", "checkpoint", "packing", "runs", "data"},
     "runs": {"distributed", "checkpoint", "console"},
@@ -28,12 +28,12 @@ ARROWS = {
     "rollout": {"model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model", "checkpoint", "tokenizer", "data", "packing"},
-    "lora": {"model"},
+    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
-    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo")},
+    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo")},
 }
 
 # What else may be imported: at the top of a file, or only inside the function that needs it.
