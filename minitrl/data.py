@@ -7,14 +7,9 @@ Every other key is a column, which the reward functions receive. Demonstrations 
 
     {"prompt": ..., "completion": ...}    {"messages": [...]}    {"text": "..."}
 
-where prompt and completion are both text or both messages, and other keys are passed over; preferences
-(`load_preferences`)
-
-    {"prompt": ..., "chosen": ..., "rejected": ...}    {"chosen": [...], "rejected": [...]}
-
-with a prompt, or whole conversations whose shared beginning is one. The order of training is a
-pure function of (seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one
-with another number of ranks, reads the same rows in the same order.
+where prompt and completion are both text or both messages, and other keys are passed over. Preferences: pairs.py.
+The order of training is a pure function of (seed, position): there is no iterator whose state would have to be saved,
+and a resumed run, or one with another number of ranks, reads the same rows in the same order.
 """
 
 import contextlib
@@ -50,7 +45,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises ValueError naming the file, and the line where there is one: no such file, parquet, no rows, bytes that are
     not UTF-8, bad JSON, something other than an object, a key given twice, NaN or infinity, half of a surrogate pair.
     """
-    return [row for _, row in _numbered_rows(Path(path))]
+    return [row for _, row in numbered_rows(Path(path))]
 
 
 def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> tuple[list[dict[str, Any]], int]:
@@ -62,10 +57,10 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
     get the same columns: where a row lacks one that another row has, it holds None, and a reward may answer None.
     """
     rows, dropped = [], 0
-    for line, row in _numbered_rows(Path(path)):
+    for line, row in numbered_rows(Path(path)):
         columns = dict(row)
         try:
-            prompt = _checked_prompt(columns)
+            prompt = checked_prompt(columns)
             ids = tokenizer.prompt_ids(prompt)
             if not ids:
                 raise ValueError("the prompt has no tokens; the first token needs something to be predicted from")
@@ -85,100 +80,18 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:
-    """A digest of what `load_prompts` or `load_preferences` gave: all ids and all columns, in order."""
+    """A digest of what `load_prompts` or `pairs.load_preferences` gave: all ids and all columns, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([value for name, value in row.items() if name != "prompt"]).encode())
     return digest.hexdigest()
 
 
-def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO, and how many were too long.
-
-    Answers have their end token. A row without "prompt" has two whole conversations, whose shared messages up to the
-    first answer that differs are the prompt; or two whole texts, and the tokens that they both begin with. "margin" is
-    a number, 0 where it is not given; other keys are passed over. A pair whose prompt and longer answer have more than
-    max_length tokens is left out and counted, and the caller prints the count: an answer that is cut has no end.
-    """
-    rows, dropped = [], 0
-    for line, row in _numbered_rows(Path(path)):
-        try:
-            prompt_ids, chosen_ids, rejected_ids = _preference(row, tokenizer)
-            if not prompt_ids:
-                raise ValueError("chosen and rejected have no prompt, nor a beginning in common that could be one")
-            margin = row.get("margin", 0.0)
-            if type(margin) not in (int, float):
-                raise ValueError(f"margin must be a number, not {margin!r}")
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
-        if max_length is not None and len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:
-            dropped += 1
-        else:
-            ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
-            rows.append(ids | {"margin": float(margin)})
-    if not rows:
-        raise ValueError(f"{path}: all {dropped} pairs are longer than --max_length {max_length}; raise it")
-    return rows, dropped
-
-
-def _preference(row: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """The ids of a row's prompt, chosen and rejected answer."""
-    absent = [name for name in ("chosen", "rejected") if name not in row]
-    if absent:
-        raise ValueError(f'no "{absent[0]}"; this row has {", ".join(row) or "no keys"}')
-    answers = [row["chosen"], row["rejected"]]
-    if "prompt" in row:
-        prompt = _checked_prompt(dict(row))
-    elif all(isinstance(answer, str) for answer in answers):
-        chosen, rejected = ([*_ended(tokenizer, tokenizer.encode(answer))] for answer in answers)
-        shared = _shared(chosen[:-1], rejected[:-1])
-        return chosen[:shared], chosen[shared:], rejected[shared:]
-    else:
-        for name in ("chosen", "rejected"):
-            _check_messages(row[name], name)
-        shared = _shared(*answers)
-        while shared and answers[0][shared - 1]["role"] == "assistant":  # the same answer twice, then another turn
-            shared -= 1
-        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-        if not prompt:
-            return [], [], []
-    (prompt_ids, chosen), (_, rejected) = (answered(tokenizer, prompt, answer) for answer in answers)
-    return prompt_ids, chosen, rejected
-
-
-def answered(tokenizer, prompt: str | list, answer: str | list) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, as it is sampled from, and of an answer to it, its end token last; both text or messages.
-
-    What a chat template writes behind the end token, a newline mostly, is never sampled, and left out.
-    """
-    if isinstance(prompt, str):
-        if not isinstance(answer, str):
-            raise ValueError("the prompt is text: the answers to it must be text too, not messages")
-        before, whole = prompt, prompt + answer
-    else:
-        _check_messages(answer, "an answer to messages")
-        before, whole = tokenizer.render(prompt), tokenizer.render(prompt + answer, add_generation_prompt=False)
-        if not whole.startswith(before):
-            raise ValueError("the chat template writes the prompt in another way alone than before an answer, so where "
-                             "the answer begins can't be told; use another template, or prompts and answers as text")
-    ids, mask = _encode(tokenizer, [(before, False), (whole[len(before) :], True)])
-    ids, prompt_ids = ids[mask.count(0) :], ids[: mask.count(0)]
-    last = max((i for i, token in enumerate(ids) if token in tokenizer.end_ids), default=-1) + 1
-    if last and not tokenizer.decode(ids[last:]).strip():
-        ids = ids[:last]
-    return prompt_ids, _ended(tokenizer, ids)
-
-
-def _ended(tokenizer, ids: list[int]) -> list[int]:
+def ended(tokenizer, ids: list[int]) -> list[int]:
     """The ids, with an end token last."""
     if not tokenizer.end_ids:
         raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
     return ids if ids and ids[-1] in tokenizer.end_ids else [*ids, tokenizer.end_ids[0]]
-
-
-def _shared(left: list, right: list) -> int:
-    """How many items two lists have in common at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
 @dataclass(frozen=True)
@@ -260,7 +173,7 @@ def load_demonstrations(
     """
 
     def demonstrations() -> Iterator[tuple[list[int], bytes]]:
-        for line, row in _numbered_rows(Path(path)):
+        for line, row in numbered_rows(Path(path)):
             try:
                 yield _demonstration(row, tokenizer, completion_only, assistant_only)
             except ValueError as error:
@@ -353,7 +266,7 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
         if plain:
             row, before = {"text": prompt + completion}, prompt
         else:
-            _check_messages(prompt, "prompt")
+            check_messages(prompt, "prompt")
             row, before = {"messages": prompt + completion}, tokenizer.render(prompt)
         unlearnt = 0 if completion_only is False else len(before)
     elif completion_only:
@@ -365,7 +278,7 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
             raise ValueError(f"text must be text, not {str(row['text'])[:60]!r}")
         pieces = [(row["text"], True)]
     else:
-        _check_messages(row["messages"], "messages")
+        check_messages(row["messages"], "messages")
         if assistant_only:
             pieces = tokenizer.turns(row["messages"])
         else:
@@ -374,9 +287,9 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
             raise ValueError("the chat template writes the prompt in another way alone than before its completion, so "
                              "where the completion begins can't be told; use another template, or "
                              "--no_completion_only_loss")
-    ids, mask = _encode(tokenizer, _cut(pieces, unlearnt))
+    ids, mask = encode_pieces(tokenizer, _cut(pieces, unlearnt))
     if plain:
-        ids = _ended(tokenizer, ids)
+        ids = ended(tokenizer, ids)
         mask = mask.ljust(len(ids), b"\1")
     return ids, mask
 
@@ -395,7 +308,7 @@ def _cut(pieces: list[tuple[str, bool]], unlearnt: int) -> list[tuple[str, bool]
     return joined
 
 
-def _encode(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], bytes]:
+def encode_pieces(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], bytes]:
     """The ids of the joined text and their mask, where every piece begins with a token of its own.
 
     Where a token would reach over such a boundary the pieces are encoded one by one: a prompt then has the ids that it
@@ -433,7 +346,7 @@ def seed_of(seed: int, place: int) -> int:
     return int(numpy.random.SeedSequence((seed, place)).generate_state(1, numpy.uint64)[0] >> 1)
 
 
-def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of every line that is not blank. Lines end at \\n only: U+2028 may stand in a JSON string."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a data set is a JSONL file with one object a line")
@@ -480,7 +393,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; leave the key out or write null")
 
 
-def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
+def checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
     """Takes the prompt out of a row's columns; ValueError if it, or a column's name, is not what rewards expect."""
     if "prompt" not in columns:
         raise ValueError(f'no "prompt"; this row has {", ".join(columns) or "no keys"}')
@@ -490,13 +403,13 @@ def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
     prompt = columns.pop("prompt")
     if isinstance(prompt, str):
         return prompt
-    _check_messages(prompt, "prompt")
+    check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's, but the completion is to be a new one")
     return prompt
 
 
-def _check_messages(messages: Any, name: str) -> None:
+def check_messages(messages: Any, name: str) -> None:
     """ValueError unless it is a list of messages."""
     if not isinstance(messages, list) or not messages:
         either = "text or " if name == "prompt" else ""

@@ -1,6 +1,6 @@
 """DPO: direct preference optimisation (arXiv 2305.18290), from pairs of answers to a better policy in one file.
 
-    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             data.load_preferences
+    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             pairs.load_preferences
     2  the policy as it starts is the reference: its log-probs of all answers, once, kept on disk     reference_logprobs
     3  take the next `examples_per_step` pairs, divide them into micro-batches of so many tokens, each prompt standing
        once before both answers                                                          pairs.batches

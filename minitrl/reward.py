@@ -1,6 +1,6 @@
 """Reward model: preferences to a model that scores an answer with one number, in one file.
 
-    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             data.load_preferences
+    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             pairs.load_preferences
     2  a language model's trunk with a fresh scalar head                                 checkpoint.load, Model.values
     3  take the next `examples_per_step` pairs, divide them into micro-batches of so many tokens, each prompt standing
        once before both answers                                                          pairs.batches

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, packing
+from . import checkpoint, packing, pairs
 from .model import ModelConfig
 from .tokenizer import read_json
 
@@ -133,7 +133,7 @@ class RewardModel:
         """A prompt's and a completion's ids; a text that did not come to its end gets no end token here either."""
         if self.same:
             return self.tokenizer.prompt_ids(prompt), sampled
-        prompt_ids, ids = data.answered(self.tokenizer, prompt, completion)
+        prompt_ids, ids = pairs.answered(self.tokenizer, prompt, completion)
         return prompt_ids, ids if sampled[-1] in self.policy_tokenizer.end_ids or len(ids) == 1 else ids[:-1]
 
 

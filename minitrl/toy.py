@@ -84,7 +84,7 @@ def demonstrations(seed: int) -> tuple[Documents, Documents]:
 
 
 def preferences(seed: int) -> tuple[list[dict], list[dict]]:
-    """(pairs to train on, held-out pairs), in the form of `data.load_preferences`: right answers over wrong ones.
+    """(pairs to train on, held-out pairs), in the form of `pairs.load_preferences`: right answers over wrong ones.
 
     A wrong answer has one letter of the right one changed, so that neither length nor form tells them apart.
     """
