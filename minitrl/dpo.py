@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if not held_out:
             return {}
         metrics = learn(policy, held_out, reference[len(rows) :], [], config, world, state, None)
-        return {f"eval/{name}": value for name, value in metrics.items() if name not in ("tokens", "offending")}
+        return {f"eval/{name}": value for name, value in metrics.items() if name not in pairs.OF_A_STEP}
 
     return training.fit(
         run,
@@ -133,7 +133,7 @@ def score(policy, rows: list[dict], config: Config, world) -> Tensor:
     """(N, 2) float32 on the CPU: the log-probs of each row's answers under the policy, the same on every rank."""
     logprobs_N2 = torch.zeros(len(rows), 2, device=world.device)
     for members, pack in pairs.batches(rows, config, world):
-        logprobs_N2[members] = answer_logprobs(policy, pack)[0]
+        logprobs_N2[members] = answer_logprobs(policy, pack)[0].float()
     distributed.sum_([logprobs_N2], world)
     return logprobs_N2.cpu()
 
@@ -173,8 +173,8 @@ def learn(policy, rows, reference_P2, indices, config: Config, world, state: dic
         if step is not None:
             share = (logprobs * pull_P2[members].to(logprobs.device)).sum() if whole else loss_of(logprobs, members)
             share.backward()
-        logprobs_P2[members] = logprobs.detach()
-        entropy += entropies
+        logprobs_P2[members] = logprobs.detach().float()
+        entropy += entropies.float()
         offending += [p for p, sound in zip(members, logprobs.isfinite().all(1).tolist()) if not sound]
     distributed.sum_([logprobs_P2, entropy], world)
     logprobs_P2 = logprobs_P2.cpu()

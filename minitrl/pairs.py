@@ -22,6 +22,8 @@ from .config import CommonOptions, require
 from .distributed import World, print0
 from .packing import Pack, pack_groups, plan_micro_batches
 
+OF_A_STEP = ("tokens", "offending", "state")  # what training.fit wants of a step beside its metrics
+
 
 @dataclass
 class PairOptions(CommonOptions):

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     @torch.no_grad()
     def evaluate(step: int) -> dict:
         metrics = learn(model, held_out, [], config, world) if held_out else {}
-        return {f"eval/{name}": value for name, value in metrics.items() if name not in ("tokens", "offending")}
+        return {f"eval/{name}": value for name, value in metrics.items() if name not in pairs.OF_A_STEP}
 
     return training.fit(
         run,
@@ -100,7 +100,7 @@ def learn(model, rows: list[dict], indices: list[int], config: Config, world) ->
         if loss.requires_grad:
             loss.backward()
         offending += [p for p, sound in zip(members, scores.isfinite().all(1).tolist()) if not sound]
-        scores_P2[members] = scores.detach()
+        scores_P2[members] = scores.detach().float()
     distributed.sum_([scores_P2], world)
     scores_P2 = scores_P2.cpu()
     metrics = {"loss": losses.reward_loss(*scores_P2.unbind(1), margins_P, centre).item()}

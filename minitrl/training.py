@@ -251,8 +251,8 @@ def fit(
     state: numbers beside the weights that outlive a step; what `backward` returns under "state" replaces them once the
         weights are updated, and a resumed run finds those of its checkpoint.
 
-    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a checkpoint holds.
-    Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
+    checkpoint holds. Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
     """
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
