@@ -6,7 +6,7 @@ many ranks there are.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -211,6 +211,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
             f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.open_models(functions + eval_functions, tokenizer, world.device, partial(print0, world))
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])

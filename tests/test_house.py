@@ -27,7 +27,7 @@ ARROWS = {
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
-    "rewards": {"model"},
+    "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
