@@ -6,7 +6,7 @@ GPUs. A generation number and a secret, which the worker gets over HTTP, name ea
 that has failed does not stumble into the next.
 
     worker's tensors  ->  describe -> checked by both sides before the first byte
-    trainer's bytes   ->  [ bucket ][ bucket ][ buc ][ digest ]  ->  worker's staging memory  ->  digest equal?  ->  install
+    trainer's bytes   ->  [ bucket ][ bucket ][ buc ][ digest ]  ->  staging memory  ->  digest equal?  ->  install
 
 All tensors are one stream of bytes in the order of their names, and a bucket is so many bytes of it, wherever tensors
 begin and end. Until the digest has come and agrees the worker's weights are untouched: what is torn is thrown away.
