@@ -63,14 +63,12 @@ def visible(length: int, behind: int, window: int | None, device) -> Tensor:
 
 
 class Unit(NamedTuple):
-    """Some queries of one segment and the keys that they see, by where these stand in the pack."""
+    """Some queries of one segment and the keys that they see, which are counted by their place in the sequence."""
 
     keys: int  # how many
     queries: int
-    query_at: int  # the first query's token
-    prefix_at: int  # the prefix's first token
-    own_at: int  # the segment's first token, less the prefix's length
-    behind: int  # the prefix's length
+    query_at: int  # the first query's row
+    segment: int
     skipped: int  # how many keys are out of the window of all queries
 
 
@@ -86,21 +84,45 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=8)
 def tiles(lengths: tuple, prefixes: tuple, window: int | None, heads: int, kv_heads: int) -> list[Tile]:
     """Cut a pack into tiles."""
-    starts, units, groups = [0, *accumulate(lengths)], [], []
-    for b, (length, prefix) in enumerate(zip(lengths, prefixes)):
-        behind = lengths[prefix] if prefix >= 0 else 0
+    starts = [0, *accumulate(lengths)]
+    behind = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+    address = torch.tensor([behind, [starts[p] for p in prefixes], [s - b for s, b in zip(starts, behind)]])
+
+    def key_rows(segments, places):
+        lengths_before, prefix_at, own_at = address[:, segments]
+        return (torch.where(places < lengths_before, prefix_at, own_at) + places)[:, None] * kv_heads + head
+
+    head = torch.arange(kv_heads)[:, None]
+    with torch.inference_mode(False):  # made while sampling, they may serve a backward pass
+        return _tiles(list(zip(starts, behind, lengths)), key_rows, window, heads, kv_heads)
+
+
+def paged_tiles(starts, counts, page_table: Tensor, page_size: int, window, heads: int, kv_heads: int) -> list[Tile]:
+    """The same for counts[b] queries that follow starts[b] tokens of their sequence, whose keys are in pages: a key's
+    row is that of the (pages * K * page_size, E) matrix. page_table: int64 (B, M), on the host."""
+
+    def key_rows(segments, places):
+        pages = page_table[segments, places // page_size]
+        return (pages[:, None] * kv_heads + head) * page_size + (places % page_size)[:, None]
+
+    head = torch.arange(kv_heads)[:, None]
+    return _tiles(list(zip(accumulate(counts, initial=0), starts, counts)), key_rows, window, heads, kv_heads)
+
+
+def _tiles(segments: list[tuple], key_rows, window: int | None, heads: int, kv_heads: int) -> list[Tile]:
+    """segments: of each its first query's row, that query's place in the sequence, and how many queries there are."""
+    units, groups = [], []
+    for b, (start, behind, length) in enumerate(segments):
         for first in range(0, length, QUERIES):
             end = min(first + QUERIES, length)
             skipped = 0 if window is None else max(0, behind + first - window + 1)
-            at = starts[b] + first, starts[prefix], starts[b] - behind
-            units.append(Unit(behind + end - skipped, end - first, *at, behind, skipped))
+            units.append(Unit(behind + end - skipped, end - first, start + first, b, skipped))
     for unit in sorted(units, reverse=True):
         if groups and _fits(unit, groups[-1], heads):
             groups[-1].append(unit)
         else:
             groups.append([unit])
-    with torch.inference_mode(False):  # made while sampling, they may serve a backward pass
-        return [_tile(group, window, kv_heads, starts[-1]) for group in groups]
+    return [_tile(group, key_rows, window, kv_heads, sum(length for *_, length in segments)) for group in groups]
 
 
 def _fits(unit: Unit, group: list[Unit], heads: int) -> bool:
@@ -109,39 +131,42 @@ def _fits(unit: Unit, group: list[Unit], heads: int) -> bool:
     return (len(group) + 1) * padded * heads <= SCORES and padded <= 2 * unit.keys * unit.queries
 
 
-def _tile(units: list[Unit], window: int | None, kv_heads: int, tokens: int) -> Tile:
-    keys, queries, query_at, prefix_at, own_at, behind, skipped = torch.tensor(units).t()[:, :, None]  # (U, 1) each
+def _tile(units: list[Unit], key_rows, window: int | None, kv_heads: int, tokens: int) -> Tile:
+    keys, queries, query_at, segments, skipped = torch.tensor(units).t()[:, :, None]  # (U, 1) each
     m, n = torch.arange(queries.max()), torch.arange(keys.max())
     query, key = torch.minimum(m, queries - 1), torch.minimum(n, keys - 1)  # padding repeats the last of the unit's own
-    places = key + skipped
-    key_tokens = torch.where(places < behind, prefix_at, own_at) + places
     back = (keys - queries + query)[:, :, None] - n  # (U, M, N), how far back from the query the key stands
     hidden = (back < 0) | (back >= window) if window is not None else back < 0
     bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, :, None]
-    heads = torch.arange(kv_heads)[:, None]
-    query_rows, key_rows = (x[:, None] * kv_heads + heads for x in (query_at + query, key_tokens))
+    query_rows = (query_at + query)[:, None] * kv_heads + torch.arange(kv_heads)[:, None]
     out_rows = torch.where((m < queries)[:, None], query_rows, tokens * kv_heads)
-    return Tile(query_rows.flatten(), out_rows.flatten(), key_rows.flatten(), bias)
+    return Tile(query_rows.flatten(), out_rows.flatten(), key_rows(segments, key + skipped).flatten(), bias)
+
+
+def attend_tiles(q: Tensor, k_rows: Tensor, v_rows: Tensor, kv_heads: int, tiles: list[Tile], scale: float) -> Tensor:
+    """(T, H, E) of queries (T, H, E), tile by tile. A row of theirs holds the H / K heads that read one key head."""
+    (T, H, E), K = q.shape, kv_heads
+    q_rows = q.reshape(T * K, H // K * E)
+    out = q_rows.new_empty(T * K + 1, q_rows.shape[1])  # the last row is for padding
+    for tile in tiles:
+        batch = len(tile.bias) * K
+        queries = q_rows.index_select(0, tile.query_rows).view(batch, -1, E)
+        keys, values = (x.index_select(0, tile.key_rows).view(batch, -1, E) for x in (k_rows, v_rows))
+        shares, total = _softmax(queries, keys, tile.bias, scale)
+        means = torch.bmm(shares.to(q.dtype), values).div_(total)
+        out.index_copy_(0, tile.out_rows, means.view(len(tile.out_rows), -1))
+    return out[:-1].view(T, H, E)
 
 
 class TiledAttention(torch.autograd.Function):
-    """The formulas above, tile by tile. A row of q holds the H / K query heads that read one key head."""
+    """The formulas above."""
 
     @staticmethod
     def forward(ctx, q, k, v, tiles, scale):
-        (T, H, E), K = q.shape, k.shape[1]
-        q_rows, k_rows, v_rows = q.reshape(T * K, H // K * E), k.reshape(T * K, E), v.reshape(T * K, E)
-        out = q_rows.new_empty(T * K + 1, q_rows.shape[1])  # the last row is for padding
-        for tile in tiles:
-            batch = len(tile.bias) * K
-            queries = q_rows.index_select(0, tile.query_rows).view(batch, -1, E)
-            keys, values = (x.index_select(0, tile.key_rows).view(batch, -1, E) for x in (k_rows, v_rows))
-            shares, total = _softmax(queries, keys, tile.bias, scale)
-            means = torch.bmm(shares.to(q.dtype), values).div_(total)
-            out.index_copy_(0, tile.out_rows, means.view(len(tile.out_rows), -1))
         ctx.save_for_backward(q, k, v)
         ctx.tiles, ctx.scale = tiles, scale
-        return out[:-1].view(T, H, E)
+        k_rows, v_rows = k.reshape(-1, k.shape[-1]), v.reshape(-1, v.shape[-1])
+        return attend_tiles(q, k_rows, v_rows, k.shape[1], tiles, scale)
 
     @staticmethod
     def backward(ctx, d_out):

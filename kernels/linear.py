@@ -41,10 +41,13 @@ DTYPES = (torch.float32, *BFLOAT16)
 
 
 @contextmanager
-def packed_weights():
-    """Keep packed copies of the weights, as large as they are, for products without gradients. No weight may change."""
+def packed_weights(copies: dict | None = None):
+    """Keep packed copies of the weights, as large as they are, for products without gradients. No weight may change.
+
+    copies: where to keep them, and to find those of an earlier time. By default they are forgotten in the end.
+    """
     global _packed
-    outer, _packed = _packed, {}
+    outer, _packed = _packed, {} if copies is None else copies
     try:
         yield
     finally:

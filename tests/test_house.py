@@ -13,8 +13,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout rollout_client transfer losses rewards data packing checkpoint lora model "
-    "tokenizer distributed config kernels".split()
+    "experience training runs console rollout sampling rollout_client transfer losses rewards data packing checkpoint "
+    "lora model tokenizer distributed config kernels".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -22,7 +22,7 @@ ARROWS = {
     "training": {"distributed", "checkpoint", "packing"},
     "runs": {"distributed", "checkpoint", "console"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed"},
-    "rollout": {"model", "packing", "tokenizer", "kernels"},
+    "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
     "lora": {"model"},
