@@ -333,9 +333,11 @@ class Weights:
             raise Refused(409, "another weight update is under way")
         try:
             yield
-        except ConnectionError as error:
-            self.close()
-            raise Refused(409, f"the update failed, the old weights serve on: {error}") from None
+        except BaseException as error:
+            self.close()  # whoever sends learns it at once
+            if isinstance(error, ConnectionError):
+                raise Refused(409, f"the update failed, the old weights serve on: {error}") from None
+            raise
         finally:
             self.lock.release()
 

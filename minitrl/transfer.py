@@ -17,6 +17,7 @@ never on all.
 import hashlib
 import math
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -38,10 +39,11 @@ class Bridge:
 
     host, port: of the store.  listener: the listening socket of the one process that keeps the store (`listen`).
     generation, secret: the same for all who are to meet.  device: where the tensors to send or receive lie.
+    unless: called while the keeper waits for the others; what it raises ends that.
     """
 
     def __init__(self, host: str, port: int, rank: int, size: int, *, generation: int, secret: str = "",
-                 device="cpu", timeout_s: float = 300.0, listener: socket.socket | None = None):
+                 device="cpu", timeout_s: float = 300.0, listener: socket.socket | None = None, unless=None):
         self.world = World(rank, size, torch.device(device))
         self.generation, self.timeout = generation, timedelta(seconds=timeout_s)
         with _named(f"meeting at {host}:{port}, generation {generation}", self.world):
@@ -51,6 +53,13 @@ class Bridge:
                 given["master_listen_fd"] = listener.detach()
             self.store = dist.TCPStore(host, port, None, timeout=self.timeout, wait_for_workers=False, **given)
             store = dist.PrefixStore(f"bridge/{generation}/{secret}", self.store)
+            store.set(f"here/{rank}", "")
+            deadline = time.monotonic() + timeout_s
+            while unless and not store.check([f"here/{other}" for other in range(size)]):
+                unless()
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody came")
+                time.sleep(0.02)
             if self.world.device.type == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = self.timeout

@@ -26,6 +26,7 @@ ARROWS = {
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
     "lora": {"model"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
