@@ -11,7 +11,7 @@ and with upstream gradients g (of the log-prob) and h (of the entropy):
 Logits exist one tile at a time, ROWS tokens by COLUMNS of the vocabulary. Forward, each split of the columns leaves
 three numbers a token: its largest logit m_c, s_c = sum exp(z - m_c), and that sum weighted by z - m_c; they are put
 together under the overall maximum m. Kept for the backward pass are m, lse - m and the entropy, 12 bytes a token; it
-computes each tile of logits again.
+computes each tile of logits again, but for what KEEP bytes hold of their exponentials.
 
 Exponentials are taken to base 2, 2.5 times as fast on a CPU. Statistics are float32 whatever X and W are (float64 for
 float64). Least traffic forward: X and W once. FLOPs: 2 T V D forward, 6 T V D backward.
@@ -27,6 +27,7 @@ from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
 ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+KEEP = 2**27  # bytes of exponentials that wait for the backward pass
 SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
 
@@ -72,7 +73,11 @@ def cuts(vocabulary: int, parts: int) -> list[int]:
 
 
 class TiledTokenLogprob(torch.autograd.Function):
-    """The formulas above, in place where they can be. Columns are the outer loop, so that W is read once."""
+    """The formulas above, in place where they can be. Columns are the outer loop, so that W is read once.
+
+    The exponentials of the first tiles, KEEP bytes of them whatever T and V are, wait for the backward pass, which
+    then needs no logits there: p = e 2^(their split's maximum - lse).
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -80,15 +85,20 @@ class TiledTokenLogprob(torch.autograd.Function):
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
         highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
         chosen = hidden.new_empty(T, dtype=dtype)
+        kept = KEEP // (max(T, 1) * COLUMNS * hidden.element_size()) if any(ctx.needs_input_grad) else 0
+        exponentials = hidden.new_empty(min(kept, len(total)), T, COLUMNS)
+        tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
         for c, columns in enumerate(blocks(V, COLUMNS)):
             for rows in blocks(T, ROWS):
-                z = product(hidden[rows], weight[columns]).to(dtype)
+                z = _logits(hidden[rows], weight[columns], tile)
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
                 highest[c, rows] = z.amax(-1)
                 z.sub_(highest[c, rows, None]).mul_(scale)  # the difference first: it is exact where it matters
-                e = z.exp2()
+                e = torch.exp2(z, out=_tile(spare, *z.shape))
                 total[c, rows] = e.sum(-1)
+                if c < kept:
+                    exponentials[c, rows, : z.shape[1]] = e
                 weighted[c, rows] = e.mul_(z).sum(-1)
         shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
         highest, factor = highest.amax(0), shift.exp2()
@@ -96,39 +106,63 @@ class TiledTokenLogprob(torch.autograd.Function):
         total = (factor * total).sum(0)
         logprobs = (chosen - highest) / temperature - total.log()
         entropy = total.log() - LN2 * weighted / total
-        ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy)
+        ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy, exponentials, shift[:kept])
         ctx.temperature = temperature
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, g, h):
-        all_hidden, weight, *saved = ctx.saved_tensors
+        all_hidden, weight, *saved, exponentials, shift = ctx.saved_tensors
         live = ((g != 0) | (h != 0)).nonzero()[:, 0]  # rows without upstream gradient (masked, clipped) cost nothing
         rows_of = (x.index_select(0, live) for x in (all_hidden, *saved, g, h))
         hidden, targets, highest, log2_total, entropy, g, h = rows_of
         dtype, scale = entropy.dtype, 1 / (ctx.temperature * LN2)
         g, h = g / -ctx.temperature, h / -ctx.temperature
         entropy_counts = bool(h.any())
-        d_hidden, d_weight = hidden.new_zeros(hidden.shape, dtype=dtype), torch.empty_like(weight)
-        for columns in blocks(len(weight), COLUMNS):
-            w = weight[columns]
-            dw = w.new_zeros(w.shape, dtype=dtype)
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
+        for c, columns in enumerate(blocks(len(weight), COLUMNS)):
+            w, dw = weight[columns], None
             for rows in blocks(len(hidden), ROWS):
                 x = hidden[rows]
-                z = product(x, w).to(dtype)
-                log2_p = z.sub_(highest[rows, None]).mul_(scale).sub_(log2_total[rows, None])
-                dz = log2_p.exp2()
-                if entropy_counts:
-                    dz.mul_(log2_p.mul_(LN2 * h[rows, None]).add_((g + h * entropy)[rows, None]))
+                if c < len(exponentials):
+                    e = _tile(spare, len(x), len(w)).copy_(exponentials[c, :, : len(w)][live[rows]])
+                    log2_p = shift[c, live[rows]] - log2_total[rows]  # where e is 1
+                    at_1 = log2_p.exp2() * (g[rows] + h[rows] * (entropy[rows] + LN2 * log2_p))
+                    if entropy_counts:
+                        e_log_e = torch.xlogy(e, e, out=_tile(tile, *e.shape))  # 0 where e is 0
+                        dz = e.mul_(at_1[:, None]).addcmul_(e_log_e, (log2_p.exp2() * h[rows])[:, None])
+                    else:
+                        dz = e.mul_(at_1[:, None])
                 else:
-                    dz.mul_(g[rows, None])
+                    z = _logits(x, w, tile)
+                    log2_p = z.sub_(highest[rows, None]).mul_(scale).sub_(log2_total[rows, None])
+                    dz = torch.exp2(log2_p, out=_tile(spare, *z.shape))
+                    if entropy_counts:
+                        dz.mul_(log2_p.mul_(LN2 * h[rows, None]).add_((g + h * entropy)[rows, None]))
+                    else:
+                        dz.mul_(g[rows, None])
                 mine, y = targets_within(targets[rows], columns)
                 dz[mine, y] -= g[rows][mine]
                 dz = dz.to(w.dtype)
                 d_hidden[rows] += product(dz, w.t())
-                dw += product(dz.t(), x.t())
-            d_weight[columns] = dw
+                if d_weight is not None:
+                    part = product(dz.t(), x.t())
+                    dw = part if dw is None else dw.to(dtype).add_(part)
+            if d_weight is not None:
+                d_weight[columns] = 0 if dw is None else dw
         return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
+
+
+def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The beginning of a buffer as a matrix: fresh memory for each tile costs more than what is done in it."""
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+    """x w^T in the buffer's dtype and memory."""
+    return _tile(buffer, len(x), len(w)).copy_(product(x, w))
 
 
 def token_logprob(

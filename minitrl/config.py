@@ -119,6 +119,10 @@ class CommonOptions:
         require(warms_up, "warmup_steps", self.warmup_steps, "0 with --lr_scheduler_type constant, or choose "
                 "constant_with_warmup")  # transformers ignores the warm-up here without a word
 
+    def must(self, hold: bool, name: str, rule: str) -> None:
+        """`require` for one of these options."""
+        require(hold, name, getattr(self, name), rule)
+
 
 def parse(cls, argv: list[str] | None = None, preset: Callable[[dict], dict] | None = None):
     """Fill the dataclass `cls`: its defaults, under the preset, under --config, under the command line.

@@ -5,6 +5,7 @@
 here pickles anything: what travels is tensors. A job's own process group is trusted.
 """
 
+import ctypes
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -39,6 +41,8 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
     world = World(rank, size, _device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    else:
+        _keep_memory()
     if size == 1:
         return world
     _share_cores(place["LOCAL_WORLD_SIZE"])
@@ -220,3 +224,14 @@ def _share_cores(local_size: int) -> None:
         affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use; elsewhere: all
         cores = len(affinity(0)) if affinity else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
+
+
+def _keep_memory() -> None:
+    """Have the C library keep what is freed, for the next step, instead of giving it back to the system at once.
+
+    To get large tensors again page by page takes a tenth of a step on a CPU. glibc alone has this switch.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # other libraries, and Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

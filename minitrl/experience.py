@@ -1,4 +1,4 @@
-"""From prompts to rollouts with advantages: generate, score, compare. What GRPO and PPO share.
+"""From prompts to rollouts with advantages: generate, score, compare. What GRPO and PPO share, their options and all.
 
 Every rank generates and scores its own share of the prompts; then all ranks hold the whole step, so that statistics
 over the step and its division into micro-batches are the same computation everywhere, and no result depends on how
@@ -11,9 +11,65 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import rewards
-from .distributed import World, gather_ragged, together
+from . import checkpoint, data, rewards, toy
+from .config import CommonOptions, require
+from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups
+from .rollout import Sampling, context_length
+from .training import NotFinite
+
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
+
+
+@dataclass
+class RolloutOptions(CommonOptions):
+    """The options of prompts, sampling and rewards. Names and defaults are TRL 1.16's where it has the option."""
+
+    reward: tuple[str, ...] = ()  # reward functions, built-in names or file.py:function; several are added up
+    reward_weights: tuple[float, ...] = ()  # one weight for each reward; none: 1 each
+    reward_timeout: float = 60.0  # seconds a reward may take for a step's completions; in a thread: no signal.alarm
+    eval_reward: tuple[str, ...] = ()  # rewards of the evaluation; none: those of training
+    prompts_per_step: int = 8  # prompts in one generation, over all processes
+    num_generations: int = 8  # completions of each prompt: the group whose rewards are compared
+    max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
+    max_completion_length: int = 512  # tokens
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    top_p: float = 1.0  # sample from the smallest set of tokens that has this probability; 1: off
+    top_k: int = 0  # sample from this many of the likeliest tokens; 0: off
+    min_p: float = 0.0  # sample from tokens with at least this share of the likeliest one's probability; 0: off
+    repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
+    stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
+    rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "prompts_per_step max_prompt_length max_completion_length rollout_batch_size".split():
+            self.must(getattr(self, name) >= 1, name, "at least 1")
+        self.must(self.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
+        Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)  # checks its own
+        self.must(0 < self.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
+        cache = self.max_completion_length if self.overlong_cache is None else self.overlong_cache
+        self.must(0 < cache <= self.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
+        longest = self.max_prompt_length + self.max_completion_length
+        fits = self.tokens_per_microbatch >= longest
+        rule = f"at least --max_prompt_length + --max_completion_length, {longest} tokens"
+        self.must(fits, "tokens_per_microbatch", rule)
+        count = len(self.reward)
+        self.must(count > 0, "reward", "the name of a built-in reward, or file.py:function")
+        self.must(len(self.reward_weights) in (0, count), "reward_weights", f"{count} numbers, one for each reward")
+        for given, other in (("model", "dataset"), ("dataset", "model")):
+            both = getattr(self, given) is None or getattr(self, other) is not None
+            self.must(both, given, f"given together with --{other}; without both, the embedded default runs")
+        if self.model is None:
+            own = "left out without --model: the embedded default has its own"
+            self.must(self.eval_dataset is None, "eval_dataset", own)
+            self.must(self.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+            short = "left out without --model: its prompts are short"
+            self.must(self.max_prompt_length == 512, "max_prompt_length", short)
+        evaluates = self.model is None or self.eval_dataset is not None
+        self.must(evaluates or not self.eval_steps, "eval_steps", "given with --eval_dataset")
 
 
 @dataclass(frozen=True)
@@ -111,6 +167,81 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
+def load(config: RolloutOptions, functions, eval_functions, run):
+    """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
+    world = run.world
+    if config.model is None:
+        policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: print0(world, text))
+        rows, eval_rows = toy.datasets(config.seed)
+    else:
+        policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        tokenizer.now = run.began
+        rows, eval_rows = [], []
+        for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
+            if path:
+                loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
+                into += loaded
+                if dropped:
+                    limit = f"--max_prompt_length {config.max_prompt_length}"
+                    print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
+    room = context_length(policy.config) - longest
+    require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
+            f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.check_columns(functions, rows[0]["columns"])
+    if eval_rows:
+        rewards.check_columns(eval_functions, eval_rows[0]["columns"])
+    if config.top_p < 1 or config.top_k > 0 or config.min_p > 0 or config.repetition_penalty != 1:
+        print0(world, "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy "
+               "is trained on its log-probs without them (temperature alone), and sampling/sampling_logp_difference "
+               "shows the change")
+    return policy, tokenizer, rows, eval_rows
+
+
+def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
+    """Digests of all that the options only point to: on every rank, and after a resume, it has to be the same."""
+    found = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(eval_rows)}
+    if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
+        found["--model"] = checkpoint.fingerprint(policy)
+    return found | rewards.fingerprints(config.reward + config.eval_reward)
+
+
+def generate(engine, rows, cursor: int, functions, config: RolloutOptions, run, step: int, number: int = 0) -> Rollouts:
+    """Rollouts of the `prompts_per_step` prompts at place `cursor` and behind it, with rewards, advantages left at 0.
+
+    number: generations that came before this one in the same step.
+    """
+    places = range(cursor, cursor + config.prompts_per_step)
+    sampling = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
+    return generate_and_score(
+        engine,
+        [rows[i] for i in data.order(len(rows), places.start, len(places), config.seed)],
+        [data.seed_of(config.seed, place) for place in places],
+        functions,
+        torch.tensor(config.reward_weights or (1.0,) * len(functions)),
+        run.world,
+        num_generations=config.num_generations,
+        step=step,
+        timeout_s=config.reward_timeout,
+        sampling=sampling | {"max_tokens": config.max_completion_length},
+        overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
+        first_index=number * config.prompts_per_step * config.num_generations,
+    )
+
+
+def warn(parts: list[Rollouts], config: RolloutOptions, run, step: int) -> bool:
+    """Say what would leave a step's generations without effect, once; returns whether no reward applied at all."""
+    truncated = torch.cat([part.truncated_PG for part in parts]).double().mean().item()
+    if truncated > 0.5:
+        limit = f"--max_completion_length {config.max_completion_length}"
+        run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into {limit}; raise it")
+    none = all(part.rewards_PG.isnan().all() for part in parts)
+    if run.streak("none", none) == PATIENCE:
+        run.warn_once("none", f"step {step + 1}: no reward applied to any completion, {PATIENCE} generations in a row; "
+                      "look at the reward functions and the columns that they read")
+    return none
+
+
 def generate_and_score(
     engine, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None,
     first_index=0,
@@ -168,6 +299,18 @@ def generate_and_score(
     )
 
 
+@torch.no_grad()
+def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> tuple[Tensor, Tensor]:
+    """(logprobs_R, entropy_R) of the planned completions under `model`, the same on every rank; 0 for the others."""
+    logprobs_R, entropy_R = torch.zeros(len(rollouts.tokens_R)), torch.zeros(len(rollouts.tokens_R))
+    for batch in plan[world.rank]:
+        pack, index_C = rollouts.pack(batch, world.device)
+        scores = model.logprobs(pack, pack.completion_T, config.temperature)
+        logprobs_R[index_C], entropy_R[index_C] = (score_T[pack.completion_T].float().cpu() for score_T in scores)
+    sum_([logprobs_R, entropy_R], world)
+    return logprobs_R, entropy_R
+
+
 def with_advantages(rollouts: Rollouts, scale_rewards: str) -> Rollouts:
     """The same rollouts with their advantages filled in; "batch" is over all of them."""
     return replace(rollouts, advantages_PG=advantages(rollouts.rewards_PG, scale_rewards))
@@ -187,6 +330,52 @@ def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollo
             else:
                 values.append(whole[tokens] if name.endswith("_R") else whole[p : p + 1])
     return Rollouts(**{name: torch.cat(values) for name, values in picked.items()})
+
+
+def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
+    """The optimizer's step; returns the gradient's norm before clipping."""
+    try:
+        return optimizer.step(rate)
+    except NotFinite as error:
+        stop_before_update(run, step, str(error), rollouts, plan[run.world.rank])
+
+
+def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
+    """NaN or infinity: save the ids it came with and stop all ranks; the weights are still those of the step before."""
+    groups = [
+        {"prompt": rollouts.prompt(p), "completions": [rollouts.completion(p, g) for g in members]}
+        for batch in batches
+        for p, members in batch
+    ]
+    name = f"not_finite_step_{step + 1}_rank_"
+    if groups:  # other ranks may have them
+        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "groups": groups})
+    files = f"{run.config.output_dir}/{name}*.json"
+    remedy = "lower --learning_rate or --max_grad_norm"
+    raise NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")
+
+
+def evaluate(engine, rows, functions, config: RolloutOptions, world, step: int) -> dict[str, float]:
+    """Greedy completions of held-out prompts. eval/accuracy is the share whose first reward is at least 1."""
+    if not rows:
+        return {}
+    rollouts = generate_and_score(
+        engine,
+        rows,
+        [0] * len(rows),
+        functions,
+        torch.ones(len(functions)),
+        world,
+        num_generations=1,
+        step=step,
+        timeout_s=config.reward_timeout,
+        sampling={"temperature": 0.0, "max_tokens": config.max_completion_length, "stop": config.stop},
+    )
+    names = ["reward", "completions/mean_length", "completions/clipped_ratio"]
+    names += [f"rewards/{name}/mean" for name, _ in functions]
+    found = rollout_metrics(rollouts, functions)
+    metrics = {f"eval/{name}": value for name, value in found.items() if name in names}
+    return metrics | {"eval/accuracy": (rollouts.rewards_PGF[:, 0, 0] >= 1).double().mean().item()}
 
 
 def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
@@ -231,3 +420,32 @@ def completion_rows(rollouts: Rollouts, tokenizer, functions, used: bool = True)
                 "finish_reason": "length" if rollouts.truncated_PG[p, g] else "stop",
             })
     return rows
+
+
+def save(run, step: int, cursor: int, rollouts: Rollouts | None, known: dict[str, Tensor], optimizer, **more) -> None:
+    """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, unused rollouts.
+
+    rollouts: None where the next step makes its own.  known: tensors (R,) about them.  more: dicts of further tensors.
+    """
+    tensors = {"optimizer": optimizer.state_tensors()} | {name: named for name, named in more.items() if named}
+    if rollouts is not None:
+        tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
+        tensors["known"] = known
+    run.save(step, tensors, {"cursor": cursor})
+
+
+@torch.no_grad()
+def resume(run, total: int, given: dict, models: list, optimizer, **more):
+    """(steps done, cursor, rollouts in use, what is known of them): of the newest whole checkpoint, or of none.
+
+    The optimizer, and with it the models, and the tensors in `more` are put back in place.
+    """
+    step, tensors, state = run.load(total, given) or (0, {}, {"cursor": 0})
+    if step:
+        optimizer.load_state_tensors(tensors["optimizer"])
+        for name, named in more.items():
+            for key, tensor in named.items():
+                tensor.copy_(tensors[name][key])
+    run.begin(" ".join(checkpoint.fingerprint(model) for model in models))
+    rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
+    return step, state["cursor"], rollouts, tensors.get("known", {})

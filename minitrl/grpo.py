@@ -19,18 +19,17 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, distributed, experience, losses, packing, rewards, runs, toy, training
-from .config import CommonOptions, parse, require
-from .experience import Rollouts
-from .rollout import Engine, Sampling, context_length
-
+from . import checkpoint, distributed, experience, losses, packing, rewards, runs, toy, training
+from .config import parse
+from .experience import PATIENCE, RolloutOptions, Rollouts
+from .rollout import Engine
 
 # Options of the loss that go to losses.grpo_loss as they are.
 LOSS_OPTIONS = (
@@ -39,29 +38,11 @@ LOSS_OPTIONS = (
 ).split()
 
 
-PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
-
-
 @dataclass
-class Config(CommonOptions):
+class Config(RolloutOptions):
     """Train a language model with GRPO. Names and defaults are those of TRL 1.16 where it has the option."""
 
-    reward: tuple[str, ...] = ()  # reward functions, built-in names or file.py:function; several are added up
-    reward_weights: tuple[float, ...] = ()  # one weight for each reward; none: 1 each
-    reward_timeout: float = 60.0  # seconds a reward may take for a step's completions; in a thread: no signal.alarm
-    eval_reward: tuple[str, ...] = ()  # rewards of the evaluation; none: those of training
-    prompts_per_step: int = 8  # prompts in one generation, over all processes
-    num_generations: int = 8  # completions of each prompt: the group whose rewards are compared
     num_iterations: int = 1  # optimizer steps on each generation (mu)
-    max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
-    max_completion_length: int = 512  # tokens
-    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    top_p: float = 1.0  # sample from the smallest set of tokens that has this probability; 1: off
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: off
-    min_p: float = 0.0  # sample from tokens with at least this share of the likeliest one's probability; 0: off
-    repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
-    stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
-    rollout_batch_size: int = 64  # sequences that a process decodes at a time
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
     importance_sampling_level: Literal["token", "sequence"] = "token"  # GSPO: sequence, --loss_type grpo
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
@@ -73,7 +54,6 @@ class Config(CommonOptions):
     top_entropy_quantile: float = 1.0  # share of the step's tokens to train on, those of the highest entropy
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
     mask_truncated_completions: bool = False  # leave out of the loss what ran into max_completion_length
-    overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
     dynamic_sampling: int = 0  # generations that may follow in a step to replace groups without signal (DAPO)
     sync_ref_model: bool = False  # move the reference policy towards the policy now and then
     ref_model_mixup_alpha: float = 0.6  # reference = alpha * policy + (1 - alpha) * reference
@@ -91,29 +71,25 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     functions = rewards.load_rewards(config.reward)
     eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
-    optimizer = training.Optimizer(
-        policy,
-        world,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = training.optimizer_of(policy, config, world)
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    given = inputs(config, policy, rows, eval_rows)
-    step, cursor, rollouts, known = resume(run, total, given, policy, reference, mixture, optimizer)
+    given = experience.inputs(config, policy, rows, eval_rows)
+    step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
+    for name, parameter in reference.named_parameters() if mixture else ():
+        parameter.copy_(mixture[name])
 
     def checkpoint_now() -> None:
-        save(run, step, cursor, rollouts, known, mixture, optimizer)
+        unused = rollouts if step % config.num_iterations else None
+        experience.save(run, step, cursor, unused, known, optimizer, reference=mixture)
 
     with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
         if step == 0 and eval_rows:
-            run.log_step(0, evaluate(engine, eval_rows, eval_functions, config, world, 0))
+            run.log_step(0, experience.evaluate(engine, eval_rows, eval_functions, config, world, 0))
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now
                 with run.timed("rollout"):
@@ -122,11 +98,12 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
                 if fresh and reference:
-                    known["reference"] = score(reference, rollouts, plan, config, world)[0]
+                    known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
                 factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
                 rate = config.learning_rate * factor
-                metrics |= {"grad_norm": update(optimizer, rate, run, step, rollouts, plan), "learning_rate": rate}
+                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
+                metrics |= {"grad_norm": norm, "learning_rate": rate}
             step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
@@ -139,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 if step == total or (config.eval_steps and step % config.eval_steps == 0):
                     with run.timed("evaluation"):
-                        metrics |= evaluate(engine, eval_rows, eval_functions, config, world, step)
+                        metrics |= experience.evaluate(engine, eval_rows, eval_functions, config, world, step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
                 run.log_step(step, metrics, new_rows, sum(part.num_tokens for part in sampled or [rollouts]))
             if step % config.save_steps == 0:
@@ -155,47 +132,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load(config: Config, functions, eval_functions, run):
-    """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
-    world = run.world
-    if config.model is None:
-        policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
-        rows, eval_rows = toy.datasets(config.seed)
-    else:
-        policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
-        tokenizer.now = run.began
-        rows, eval_rows = [], []
-        for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
-            if path:
-                loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
-                into += loaded
-                if dropped:
-                    limit = f"--max_prompt_length {config.max_prompt_length}"
-                    distributed.print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
-    longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
-    room = context_length(policy.config) - longest
-    require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
-            f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
-    rewards.check_columns(functions, rows[0]["columns"])
-    if eval_rows:
-        rewards.check_columns(eval_functions, eval_rows[0]["columns"])
-    if config.top_p < 1 or config.top_k > 0 or config.min_p > 0 or config.repetition_penalty != 1:
-        distributed.print0(
-            world,
-            "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy is trained "
-            "on its log-probs without them (temperature alone), and sampling/sampling_logp_difference shows the change",
-        )
-    return policy, tokenizer, rows, eval_rows
-
-
-def inputs(config: Config, policy, rows, eval_rows) -> dict[str, str]:
-    """Digests of all that the options only point to: on every rank, and after a resume, it has to be the same."""
-    found = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(eval_rows)}
-    if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        found["--model"] = checkpoint.fingerprint(policy)
-    return found | rewards.fingerprints(config.reward + config.eval_reward)
-
-
 def generate(
     engine, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None
 ) -> tuple[Rollouts, int]:
@@ -207,39 +143,14 @@ def generate(
     those of further prompts, a bounded number of times; what still lacks is filled up with them, so that every step
     has prompts_per_step groups.
     """
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
-    sampling = {name: getattr(config, name) for name in names} | {"max_tokens": config.max_completion_length}
-    weights = torch.tensor(config.reward_weights or (1.0,) * len(functions))
     parts, live, flat = [], [], []
     while len(live) < config.prompts_per_step and len(parts) <= config.dynamic_sampling:
-        places = range(cursor, cursor + config.prompts_per_step)
-        cursor = places.stop
-        chosen = data.order(len(rows), places.start, len(places), config.seed)
-        part = experience.generate_and_score(
-            engine,
-            [rows[i] for i in chosen],
-            [data.seed_of(config.seed, place) for place in places],
-            functions,
-            weights,
-            run.world,
-            num_generations=config.num_generations,
-            step=step,
-            timeout_s=config.reward_timeout,
-            sampling=sampling,
-            overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
-            first_index=len(parts) * config.prompts_per_step * config.num_generations,
-        )
+        part = experience.generate(engine, rows, cursor, functions, config, run, step, len(parts))
+        cursor += config.prompts_per_step
         for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
             (live if signal else flat).append((len(parts), p))
         parts.append(part)
-    truncated = torch.cat([part.truncated_PG for part in parts]).double().mean().item()
-    if truncated > 0.5:
-        limit = f"--max_completion_length {config.max_completion_length}"
-        run.warn_once("truncated", f"step {step + 1}: {truncated:.0%} of the completions ran into {limit}; raise it")
-    none = all(part.rewards_PG.isnan().all() for part in parts)
-    if run.streak("none", none) == PATIENCE:
-        run.warn_once("none", f"step {step + 1}: no reward applied to any completion, {PATIENCE} generations in a row; "
-                      "look at the reward functions and the columns that they read")
+    none = experience.warn(parts, config, run, step)
     if run.streak("flat", not live and not none) == PATIENCE:
         run.warn_once("flat", f"step {step + 1}: all completions of a prompt got equal rewards, of every prompt, "
                       f"{PATIENCE} generations in a row; nothing is learnt from that: look at completions.jsonl, and "
@@ -273,18 +184,6 @@ def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
     return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
 
 
-@torch.no_grad()
-def score(model, rollouts: Rollouts, plan, config: Config, world) -> tuple[Tensor, Tensor]:
-    """(logprobs_R, entropy_R) of the planned completions under `model`, the same on every rank; 0 for the others."""
-    logprobs_R, entropy_R = torch.zeros(len(rollouts.tokens_R)), torch.zeros(len(rollouts.tokens_R))
-    for batch in plan[world.rank]:
-        pack, index_C = rollouts.pack(batch, world.device)
-        scores = model.logprobs(pack, pack.completion_T, config.temperature)
-        logprobs_R[index_C], entropy_R[index_C] = (score_T[pack.completion_T].float().cpu() for score_T in scores)
-    distributed.sum_([logprobs_R, entropy_R], world)
-    return logprobs_R, entropy_R
-
-
 def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict:
     """Leave this rank's share of the gradient of the step's loss in the policy; returns the metrics of the whole step.
 
@@ -299,7 +198,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     }
     options = {name: getattr(config, name) for name in LOSS_OPTIONS}
     if config.top_entropy_quantile < 1:  # of the whole step: one more pass, before the first backward
-        entropy_R = score(policy, rollouts, plan, config, world)[1][rollouts.per_token(counted_PG)]
+        entropy_R = experience.score(policy, rollouts, plan, config, world)[1][rollouts.per_token(counted_PG)]
         if len(entropy_R):
             options["entropy_threshold"] = float(np.quantile(entropy_R.numpy(), 1 - config.top_entropy_quantile))
     on_policy = "old" not in known
@@ -345,31 +244,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
     return metrics
-
-
-def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
-    """The optimizer's step; returns the gradient's norm before clipping."""
-    try:
-        return optimizer.step(rate)
-    except training.NotFinite as error:
-        stop_before_update(run, step, str(error), rollouts, plan[run.world.rank])
-
-
-def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
-    """NaN or infinity: save the ids it came with and stop all ranks; the weights are still those of the step before."""
-    groups = [
-        {"prompt": rollouts.prompt(p), "completions": [rollouts.completion(p, g) for g in members]}
-        for batch in batches
-        for p, members in batch
-    ]
-    name = f"not_finite_step_{step + 1}_rank_"
-    if groups:  # other ranks may have them
-        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "groups": groups})
-    files = f"{run.config.output_dir}/{name}*.json"
-    remedy = "lower --learning_rate or --max_grad_norm"
-    raise training.NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")
 
 
 def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config, world) -> dict[str, float]:
@@ -390,29 +266,6 @@ def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config
     return metrics
 
 
-def evaluate(engine, rows, functions, config: Config, world, step: int) -> dict[str, float]:
-    """Greedy completions of held-out prompts. eval/accuracy is the share whose first reward is at least 1."""
-    if not rows:
-        return {}
-    rollouts = experience.generate_and_score(
-        engine,
-        rows,
-        [0] * len(rows),
-        functions,
-        torch.ones(len(functions)),
-        world,
-        num_generations=1,
-        step=step,
-        timeout_s=config.reward_timeout,
-        sampling={"temperature": 0.0, "max_tokens": config.max_completion_length, "stop": config.stop},
-    )
-    names = ["reward", "completions/mean_length", "completions/clipped_ratio"]
-    names += [f"rewards/{name}/mean" for name, _ in functions]
-    found = experience.rollout_metrics(rollouts, functions)
-    metrics = {f"eval/{name}": value for name, value in found.items() if name in names}
-    return metrics | {"eval/accuracy": (rollouts.rewards_PGF[:, 0, 0] >= 1).double().mean().item()}
-
-
 @torch.no_grad()
 def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
     """reference = alpha * policy + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656; TRL: SyncRefModelCallback).
@@ -424,42 +277,11 @@ def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
         ours.copy_(mixture[name].lerp_(theirs[name].to(mixture[name].dtype), alpha))
 
 
-def save(run, step: int, cursor: int, rollouts: Rollouts, known: dict[str, Tensor], mixture: dict, optimizer) -> None:
-    """A checkpoint from which `resume` goes on to the bit: weights, optimizer, place in the data, unused rollouts."""
-    tensors = {"optimizer": optimizer.state_tensors()}
-    if step % run.config.num_iterations:
-        tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
-        tensors["known"] = known
-    if mixture:
-        tensors["reference"] = mixture
-    run.save(step, tensors, {"cursor": cursor})
-
-
-@torch.no_grad()
-def resume(run, total: int, given: dict, policy, reference, mixture: dict, optimizer):
-    """(steps done, cursor, rollouts in use, their known log-probs): of the newest whole checkpoint, or of none."""
-    step, tensors, state = run.load(total, given) or (0, {}, {"cursor": 0})
-    if step:
-        optimizer.load_state_tensors(tensors["optimizer"])
-    for name, parameter in (reference.named_parameters() if mixture and step else ()):
-        parameter.copy_(mixture[name].copy_(tensors["reference"][name]))
-    run.begin(checkpoint.fingerprint(policy))
-    rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
-    return step, state["cursor"], rollouts, tensors.get("known", {})
-
-
 def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
-
-    def must(hold: bool, name: str, rule: str) -> None:
-        require(hold, name, getattr(config, name), rule)
-
-    for name in "prompts_per_step num_iterations max_prompt_length max_completion_length rollout_batch_size".split():
-        must(getattr(config, name) >= 1, name, "at least 1")
+    must = config.must
+    must(config.num_iterations >= 1, "num_iterations", "at least 1")
     must(config.num_generations >= 2, "num_generations", "at least 2, since completions of a group are compared")
-    must(config.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
-    Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.repetition_penalty)  # checks its own
-    must(0 < config.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")
@@ -473,24 +295,6 @@ def check(config: Config) -> None:
     must(config.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1")
     must(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", "off at --beta 0, where there is no reference")
     must(config.dynamic_sampling >= 0, "dynamic_sampling", "at least 0")
-    cache = config.max_completion_length if config.overlong_cache is None else config.overlong_cache
-    must(0 < cache <= config.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
-    longest = config.max_prompt_length + config.max_completion_length
-    fits = config.tokens_per_microbatch >= longest
-    must(fits, "tokens_per_microbatch", f"at least --max_prompt_length + --max_completion_length, {longest} tokens")
-    rewards_count = len(config.reward)
-    must(rewards_count > 0, "reward", "the name of a built-in reward, or file.py:function")
-    numbers = f"{rewards_count} numbers, one for each reward"
-    must(len(config.reward_weights) in (0, rewards_count), "reward_weights", numbers)
-    for given, other in (("model", "dataset"), ("dataset", "model")):
-        both = getattr(config, given) is None or getattr(config, other) is not None
-        must(both, given, f"given together with --{other}; without both, the embedded default runs")
-    if config.model is None:
-        must(config.eval_dataset is None, "eval_dataset", "left out without --model: the embedded default has its own")
-        must(config.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
-        must(config.max_prompt_length == 512, "max_prompt_length", "left out without --model: its prompts are short")
-    evaluates = config.model is None or config.eval_dataset is not None
-    must(evaluates or not config.eval_steps, "eval_steps", "given with --eval_dataset")
 
 
 if __name__ == "__main__":

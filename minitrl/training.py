@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from minitrl.distributed import World, sum_
 
 
+CACHED = 2**20  # numbers that a processor's cache holds
+
+
 class NotFinite(ArithmeticError):
     """A loss or gradient that is NaN or infinite; the weights are those of the step before."""
 
@@ -158,7 +161,9 @@ class Optimizer:
 def _move_gradient(grads: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     """Add a parameter's fresh bfloat16 gradient to its float32 sum."""
     if name in grads:
-        grads[name].add_(parameter.grad)
+        flat = grads[name].view(-1), parameter.grad.reshape(-1)
+        for total, part in zip(*(x.split(CACHED) for x in flat)) if parameter.device.type == "cpu" else [flat]:
+            total.add_(part)  # which makes, on a CPU, a float32 copy of all that it is given
     else:
         grads[name] = parameter.grad.float()
     parameter.grad = None
@@ -198,3 +203,10 @@ def total_steps(config, rows: int, rows_per_generation: int, steps_per_generatio
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * rows / rows_per_generation)) * steps_per_generation
+
+
+def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
+    """The optimizer that the options ask for."""
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    options = {"weight_decay": config.weight_decay, "betas": betas, "eps": eps, "max_grad_norm": config.max_grad_norm}
+    return Optimizer(model, world, **options)

@@ -91,7 +91,7 @@ def known_logprobs(policy, r: Rollouts) -> dict:
     """Old and reference log-probs far enough from the policy's that ratios are clipped on both sides."""
     config = options()
     everything = packing.plan_micro_batches(r.prompt_lengths_P.tolist(), r.lengths_PG.tolist(), 1000)
-    logprobs_R, _ = grpo.score(policy, r, everything, config, ALONE)
+    logprobs_R, _ = experience.score(policy, r, everything, config, ALONE)
     generator = torch.Generator().manual_seed(4)
     return {name: logprobs_R + 0.3 * torch.randn(len(logprobs_R), generator=generator) for name in ("old", "reference")}
 
@@ -198,7 +198,7 @@ def test_the_quantile_takes_the_tokens_of_highest_entropy(policy):
     """On policy the ratio is 1, so the loss is the sum of minus the advantages of the tokens that are kept."""
     r, config = rollouts(), options(top_entropy_quantile=0.25)
     everything = packing.plan_micro_batches(r.prompt_lengths_P.tolist(), r.lengths_PG.tolist(), 1000)
-    _, entropy_R = grpo.score(policy, r, everything, config, ALONE)
+    _, entropy_R = experience.score(policy, r, everything, config, ALONE)
     kept_R = entropy_R >= numpy.quantile(entropy_R.numpy(), 0.75)
     assert abs(kept_R.sum() / len(kept_R) - 0.25) < 0.02
     expected = -(r.per_token(r.advantages_PG) * kept_R).sum() / len(kept_R)
@@ -318,7 +318,7 @@ def test_the_temperature_is_that_of_sampling(tiny, tmp_path):
 def test_later_iterations_are_off_policy(tiny, tmp_path, monkeypatch):
     """The old log-probs are those from before the first update: the second iteration clips. The reference's log-probs are
     worked out once for a generation."""
-    passes = recorded(monkeypatch, grpo, "score")
+    passes = recorded(monkeypatch, experience, "score")
     options = dict(num_iterations=3, max_steps=6, lr_scheduler_type="constant", beta=0.05)
     ends(tiny.argv(tmp_path, reward="tagged", **options))
     assert len(passes) == 2

@@ -18,7 +18,9 @@ LIBRARY = set(
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
-    "experience": {"rollout", "rollout_client", "rewards", "packing", "distributed"},
+    "experience": set(
+        "rollout rollout_client rewards packing distributed config data checkpoint training toy".split()
+    ),
     "training": {"distributed", "checkpoint", "packing"},
     "runs": {"distributed", "checkpoint", "console"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed"},

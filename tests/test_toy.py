@@ -1,6 +1,7 @@
 """The embedded default: four disjoint sets of words, a tokenizer and a model, and a warm-up that leaves most to be learnt."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_build_is_warmed_up_and_the_same_every_time():
 
 
 def test_the_preset_holds_options_of_grpo_only():
-    names = {field.name for field in grpo.fields(grpo.Config)}
+    names = {field.name for field in fields(grpo.Config)}
     assert set(toy.PRESET) <= names
     grpo.Config(**toy.PRESET)
 
