@@ -230,7 +230,7 @@ class RemoteEngine:
             except Lost as lost:
                 if lost.busy:
                     over.wait(1)
-                else:
+                elif server.ready:  # all that it had die together: count that once
                     self._leave_out(server, lost)
             finally:
                 with self.lock:

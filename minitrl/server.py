@@ -41,7 +41,8 @@ import torch
 from . import checkpoint, data, distributed, runs, transfer
 from .config import parse, require
 from .model import hf_tensors
-from .rollout import Engine, Sampling, context_length
+from .rollout import Engine, context_length
+from .sampling import Sampling
 
 MAX_HEAD, MAX_HEADERS = 16 * 1024, 64  # bytes and lines
 HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS, SEND_SECONDS = 10.0, 60.0, 60.0, 30.0
@@ -264,10 +265,15 @@ class Worker(threading.Thread):
                 if not self.is_alive():
                     raise Refused(503, "the engine has stopped") from None
 
+    def stop(self) -> None:
+        self.inbox.put(None)
+
     def run(self) -> None:
         while True:
             while self.engine.idle or not self.inbox.empty():
-                future, function, arguments = self.inbox.get()
+                if (item := self.inbox.get()) is None:
+                    return
+                future, function, arguments = item
                 try:
                     future.set_result(function(*arguments))
                 except BaseException as error:
@@ -861,6 +867,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         time.sleep(0.2)  # the last answers are being written
         self.shutdown()
         self.weights.close()
+        self.worker.stop()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint training toy".split()
+        "rollout rollout_client sampling rewards packing distributed config data checkpoint training toy".split()
     ),
     "training": {"distributed", "checkpoint", "packing"},
     "runs": {"distributed", "checkpoint", "console"},
