@@ -10,6 +10,7 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
   agree (Llama 3 has `<|end_of_text|>` in one and `<|eot_id|>` in another): `end_ids` is their union.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -121,9 +122,24 @@ class Tokenizer:
                 generation_config.setdefault(f"{name}_id", self.backend.token_to_id(self.special_tokens[name]))
         write_json(folder / "generation_config.json", generation_config)
 
+    def padded(self) -> "Tokenizer":
+        """The same with a padding token that ends no text, so that a padded end token is not taken for padding.
+
+        Without one, where there is no other special token to pad with: then transformers refuses to pad.
+        """
+        other = copy.copy(self)
+        other.special_tokens, other.config = dict(self.special_tokens), dict(self.config)
+        tokens = [self.special_tokens.get(name) for name in ("pad_token", "unk_token", "bos_token")]
+        usable = [token for token in tokens if token and self.backend.token_to_id(token) not in (None, *self.end_ids)]
+        for home in (other.special_tokens, other.config):
+            home.pop("pad_token", None)
+        other.special_tokens |= {"pad_token": token for token in usable[:1]}
+        return other
+
     def fingerprint(self) -> str:
         """A digest of all that decides which ids a text or a conversation gets."""
-        parts = [self.backend.to_str(), self.chat_template, self.special_tokens, self.end_ids]
+        special = {name: token for name, token in self.special_tokens.items() if name != "pad_token"}  # never written
+        parts = [self.backend.to_str(), self.chat_template, special, self.end_ids]
         if "strftime_now" in (self.chat_template or ""):
             parts.append((self.now or datetime.now()).isoformat())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
