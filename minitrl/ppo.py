@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, losses, rewards, runs, toy, training
+from . import checkpoint, data, distributed, experience, lora, losses, rewards, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
@@ -44,6 +44,7 @@ class Config(RolloutOptions):
     """Train a language model with PPO. Names and defaults are TRL 0.16.0's, and of what PPO shares with GRPO 1.16's."""
 
     num_generations: int = 1  # completions of each prompt
+    lora_dropout: float = 0.0  # share of adapters' inputs that training sets to 0 (TRL: off)
     value_model: str | None = None  # folder to start the value model from, say the reward model's; none: the policy's
     num_ppo_epochs: int = 4  # passes over each generation
     num_mini_batches: int = 1  # optimizer steps in each pass
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
     policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
     value_model = load_value_model(policy, tokenizer, config, world)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
+    reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
@@ -119,10 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         return interrupt.exit_code
     if world.rank == 0:
         for name, model in (("final", policy), ("value_model", value_model)):
-            checkpoint.save(model, tokenizer, f"{config.output_dir}/{name}")
+            kind = lora.save(model, tokenizer, f"{config.output_dir}/{name}")
         if config.plot:
             runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
     return 0
 
 
@@ -132,6 +133,7 @@ def load_value_model(policy, tokenizer, config: Config, world):
         return with_scalar_head(copy.deepcopy(policy), config.seed)
     dtype = getattr(torch, config.dtype)
     value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
+    lora.adapt(value_model, replace(config, adapter=None), world)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
     longest = config.max_prompt_length + config.max_completion_length
@@ -154,7 +156,8 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
     [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
     known, rewards_R = {"old": old_R, "values": values_R}, torch.zeros(len(old_R), dtype=torch.float64)
     if reference:
-        reference_R, _ = experience.score(reference, rollouts, plan, config, world)
+        with lora.as_reference(reference):
+            reference_R, _ = experience.score(reference, rollouts, plan, config, world)
         known["kl"] = losses.kl_estimate(old_R, reference_R, config.kl_estimator)
         rewards_R -= config.kl_coef * known["kl"]
     lengths_N = rollouts.lengths_PG.flatten()

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, runs
+from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, sum_
 
 
@@ -297,10 +297,10 @@ def fit(
     if step < steps:
         return interrupt.exit_code
     if world.rank == 0:
-        checkpoint.save(model, tokenizer, f"{config.output_dir}/final")
+        kind = lora.save(model, tokenizer, f"{config.output_dir}/final")
         if config.plot:
             runs.draw(config.output_dir, config.plot, plotted)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
     return 0
 
 
