@@ -212,8 +212,8 @@ class RemoteEngine:
         self.mismatch = max(self.mismatch, difference)
         tolerance = TOLERANCE[self.policy.head_weight.dtype]
         if not difference <= tolerance:
-            raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ by {difference:.3g} "
-                             f"nats from the policy's, more than {tolerance}: it does not sample from these weights")
+            raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ from the policy's "
+                             f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
 
     def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
         """One prompt's completions, from whichever server; asked again until one has answered."""
