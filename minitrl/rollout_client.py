@@ -137,7 +137,7 @@ class RemoteEngine:
         return [future.result() for future in futures]
 
     def revive(self, probe: list[int] | None) -> None:
-        """Take back the servers that are due to be asked again, if they are up to date or, on rank 0, can be brought."""
+        """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
         due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
         if not due:
             return

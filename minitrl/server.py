@@ -465,7 +465,7 @@ class Connection(web.Connection):
             return {"completion_ids": [result.ids for request in job.requests for result in request.results]}
 
     def init_communicator(self, fields: Fields):
-        """TRL's client is rank 1 and comes to us, after the answer. Its host and world_size TRL does not heed either."""
+        """TRL's client is rank 1 and comes to us, after the answer. TRL heeds no host and world_size either."""
         fields.take("host", str), fields.take("world_size", int, None, 1, 4096)
         host, port = self.server.config.host, fields.take("port", int, MUST, 1, 65535)
         fields.done()

@@ -28,7 +28,7 @@ HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS, SEND_SECONDS = 10.0, 60.0, 60.0, 30.0
 BODIES = 8  # so many of the largest bodies may be held at a time
 MUST = object()  # the default of a field that has to be there
 
-# Fields that clients send although they ask for nothing: refused where they do ask for something. null asks for nothing.
+# Fields that clients send although they ask for nothing: refused where they do ask for something, which null does not.
 NEUTRAL = {
     "presence_penalty": [0], "frequency_penalty": [0], "best_of": [1], "echo": [False], "suffix": [""], "tools": [[]],
     "logit_bias": [{}], "tool_choice": ["none"], "response_format": [{"type": "text"}], "guided_decoding_regex": [],
@@ -148,7 +148,7 @@ def error_of(status: int, message: str, param: str | None = None) -> dict:
 class Connection(socketserver.BaseRequestHandler):
     """One connection: requests one after the other."""
 
-    routes: dict = {}  # (method, path) -> a function of the connection and the request's Fields, that returns the answer
+    routes: dict = {}  # (method, path) -> a function of the connection and the request's Fields; returns the answer
 
     def handle(self) -> None:
         self.buffer, self.keep = b"", True
