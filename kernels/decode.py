@@ -82,7 +82,7 @@ def decode(
     return decode_reference(q, k_pages, v_pages, page_table, lengths, **options)
 
 
-def make_chunks(starts, counts, page_table, k_pages, heads: int, window: int | None):
+def make_chunks(starts, counts, page_table, k_pages, heads: int, window: int | None, deterministic: bool = False):
     """What `extend` needs to know, worked out once a step for all layers: counts[b] queries behind starts[b] tokens.
 
     starts, counts: ints on the host.  page_table: int64 (B, M), on the host too.  k_pages: any layer's.
@@ -91,14 +91,15 @@ def make_chunks(starts, counts, page_table, k_pages, heads: int, window: int | N
         from . import decode_triton
 
         return decode_triton.chunk_tiles(starts, counts, page_table.tolist(), k_pages)
-    return paged_tiles(starts, counts, page_table, k_pages.shape[2], window, heads, k_pages.shape[1])
+    return paged_tiles(starts, counts, page_table, k_pages.shape[2], window, heads, k_pages.shape[1], deterministic)
 
 
-def extend(q, k_pages, v_pages, chunks, *, scale=None, window=None) -> Tensor:
+def extend(q, k_pages, v_pages, chunks, *, scale=None, window=None, deterministic=False) -> Tensor:
     """Attention of several queries a sequence, a chunk of its prompt, against all that the cache holds before each.
 
     q: (T, H, E), the rows' queries end to end, their own keys and values in the cache already.  chunks: `make_chunks`.
-    Returns (T, H, E) in q's dtype; on a GPU with the bits that the attention kernel gives the query in a pack.
+    deterministic: with the bits that `attention` gives the query in a pack, if so asked, too; always on a GPU.
+    Returns (T, H, E) in q's dtype.
     """
     kv_heads, _, size = k_pages.shape[1:]
     scale = size**-0.5 if scale is None else scale
@@ -106,4 +107,4 @@ def extend(q, k_pages, v_pages, chunks, *, scale=None, window=None) -> Tensor:
         from . import decode_triton
 
         return decode_triton.extend(q, k_pages, v_pages, *chunks, scale=scale, window=window)
-    return attend_tiles(q, k_pages.view(-1, size), v_pages.view(-1, size), kv_heads, chunks, scale)
+    return attend_tiles(q, k_pages.view(-1, size), v_pages.view(-1, size), kv_heads, chunks, scale, deterministic)

@@ -6,15 +6,15 @@ many ranks there are.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, rewards, toy
+from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
-from .packing import Pack, pack_groups
+from .packing import Pack, pack_groups, plan_micro_batches
 from .rollout import Engine, context_length
 from .rollout_client import RemoteEngine
 from .sampling import Sampling
@@ -132,6 +132,13 @@ class Rollouts:
         """(R,) each completion's value at each of its tokens."""
         return values_PG.flatten().repeat_interleave(self.lengths_PG.flatten())
 
+    def plan(self, chosen_PG: Tensor, capacity: int, ranks: int) -> list[list]:
+        """Per rank its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
+        members = [row.nonzero()[:, 0].tolist() for row in chosen_PG]
+        lengths = [self.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
+        plan = plan_micro_batches(self.prompt_lengths_P.tolist(), lengths, capacity, ranks)
+        return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
+
 
 def weighted_rewards(rewards_NF: Tensor, weights_F: Tensor) -> Tensor:
     """(N,) sum of weight times reward over the functions that apply; NaN where none does.
@@ -142,16 +149,31 @@ def weighted_rewards(rewards_NF: Tensor, weights_F: Tensor) -> Tensor:
     return torch.where(rewards_NF.isnan().all(1), torch.nan, total)
 
 
-def advantages(rewards_PG: Tensor, scale_rewards: str = "group") -> Tensor:
-    """(P, G) advantages: reward minus its group's mean, over the deviation of the group, of the batch, or over 1.
+def advantages(rewards_PG: Tensor, scale_rewards: str = "group", estimator: str = "grpo", lengths_PG=None) -> Tensor:
+    """(P, G) advantages, float32.
 
-    TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added). Samples without a reward
-    (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal gets exactly 0, where
-    rounding would leave 1e-8 / 1e-4.
+    grpo: reward minus its group's mean, over the deviation of the group, of the batch, or over 1 (scale_rewards).
+        TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added).
+    rloo: reward minus the mean of the group's n - 1 others, which is n / (n - 1) times reward minus the group's mean
+        (arXiv 2402.14740; TRL: RLOOTrainer).
+    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, of tokens and not of completions
+        (lengths_PG; arXiv 2501.03262).
+
+    Samples without a reward (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal, or
+    for reinforce_plus_plus such a batch, gets exactly 0, where rounding would leave 1e-8 / 1e-4.
     """
     rewards = rewards_PG.double()
+    if estimator == "reinforce_plus_plus":
+        weights = torch.where(rewards.isnan(), 0.0, lengths_PG.double())
+        values, total = rewards.nan_to_num(nan=0.0), weights.sum().clamp(min=1)
+        centred = torch.where(rewards.isnan(), 0.0, values - (weights * values).sum() / total)
+        deviation = ((weights * centred.square()).sum() / (total - 1).clamp(min=1)).sqrt()
+        return torch.where(has_signal(rewards_PG.reshape(1, -1)), centred / (deviation + 1e-8), 0.0).float()
     centred = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num(nan=0.0)
-    if scale_rewards == "group":
+    if estimator == "rloo":
+        known = (~rewards.isnan()).sum(1, keepdim=True)
+        centred = centred * known / (known - 1).clamp(min=1)
+    elif scale_rewards == "group":
         centred = centred / (deviations(rewards).nan_to_num(nan=0.0)[:, None] + 1e-4)
     elif scale_rewards == "batch":
         centred = centred / (deviations(rewards.reshape(1, -1)).nan_to_num(nan=0.0) + 1e-4)
@@ -187,6 +209,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
         rows, eval_rows = toy.datasets(config.seed)
     else:
         policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        lora.adapt(policy, config, world)
         tokenizer.now = run.began
         rows, eval_rows = [], []
         for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
@@ -200,6 +223,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
             f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.open_models(functions + eval_functions, tokenizer, world.device, partial(print0, world))
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])
@@ -312,20 +336,36 @@ def generate_and_score(
 
 
 @torch.no_grad()
-def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> tuple[Tensor, Tensor]:
-    """(logprobs_R, entropy_R) of the planned completions under `model`, the same on every rank; 0 for the others."""
-    logprobs_R, entropy_R = torch.zeros(len(rollouts.tokens_R)), torch.zeros(len(rollouts.tokens_R))
+def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
+    """`count` tensors (R,) about the planned completions' tokens, the same on every rank; 0 for the others.
+
+    compute(pack, completion_T) gives them for a micro-batch, as (T,). float32, or float64 where the model is.
+    """
+    dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+    found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
-        scores = model.logprobs(pack, pack.completion_T, config.temperature)
-        logprobs_R[index_C], entropy_R[index_C] = (score_T[pack.completion_T].float().cpu() for score_T in scores)
-    sum_([logprobs_R, entropy_R], world)
-    return logprobs_R, entropy_R
+        scored_T = pack.completion_T
+        found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
+    sum_([found], world)
+    return list(found)
 
 
-def with_advantages(rollouts: Rollouts, scale_rewards: str) -> Rollouts:
-    """The same rollouts with their advantages filled in; "batch" is over all of them."""
-    return replace(rollouts, advantages_PG=advantages(rollouts.rewards_PG, scale_rewards))
+def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> list[Tensor]:
+    """[logprobs_R, entropy_R] of the planned completions under `model`; see `measure`."""
+    return measure(model, lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
+
+
+def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor, like_T: Tensor) -> dict[str, Tensor]:
+    """Of each tensor (R,) what belongs to a micro-batch's completion tokens (`Rollouts.pack`), as (T,), 0 elsewhere."""
+    zeros_T = torch.zeros_like(like_T, requires_grad=False)
+    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(like_T)) for name, x_R in values_R.items()}
+
+
+def with_advantages(rollouts: Rollouts, scale_rewards: str, estimator: str = "grpo") -> Rollouts:
+    """The same rollouts with their advantages filled in; a batch is all of them."""
+    filled = advantages(rollouts.rewards_PG, scale_rewards, estimator, rollouts.lengths_PG)
+    return replace(rollouts, advantages_PG=filled)
 
 
 def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollouts:
@@ -393,19 +433,20 @@ def evaluate(engine, rows, functions, config: RolloutOptions, world, step: int) 
 def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
     """What the completions were like, in TRL's names; rewards that apply to no sample are left out."""
     lengths, truncated, rewards_PG = rollouts.lengths_PG.double(), rollouts.truncated_PG, rollouts.rewards_PG.double()
+    compared = rewards_PG if rewards_PG.shape[1] > 1 else rewards_PG.T  # single completions, with each other
     metrics = {
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": truncated.double().mean(),
-        "frac_reward_zero_std": 1 - has_signal(rollouts.rewards_PG).double().mean(),
+        "frac_reward_zero_std": 1 - has_signal(compared).double().mean(),
         "frac_reward_none": rewards_PG.isnan().double().mean(),
     }
     if not truncated.all():
         metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
     if not rewards_PG.isnan().all():
         metrics["reward"] = rewards_PG.nanmean()
-        metrics["reward_std"] = deviations(rewards_PG).nanmean()
+        metrics["reward_std"] = deviations(compared).nanmean()
     for f, (name, _) in enumerate(functions):
         values = rollouts.rewards_PGF[..., f].double()
         values = values[~values.isnan()]

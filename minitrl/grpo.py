@@ -16,7 +16,6 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
     torchrun --nproc_per_node 8 -m minitrl.grpo --model Qwen/Qwen3-0.6B --dataset math.jsonl --reward rewards.py:correct
 """
 
-import copy
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, distributed, experience, losses, packing, rewards, runs, toy, training
+from . import distributed, experience, lora, losses, rewards, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -51,7 +50,8 @@ class Config(RolloutOptions):
     use_bias_correction_kl: bool = True  # multiply the penalty by the importance ratio
     entropy_coef: float = 0.0  # weight of the entropy bonus
     top_entropy_quantile: float = 1.0  # share of the step's tokens to train on, those of the highest entropy
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = "grpo"  # experience.advantages has formulas
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides grpo's advantages
     mask_truncated_completions: bool = False  # leave out of the loss what ran into max_completion_length
     dynamic_sampling: int = 0  # generations that may follow in a step to replace groups without signal (DAPO)
     sync_ref_model: bool = False  # move the reference policy towards the policy now and then
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     functions = rewards.load_rewards(config.reward)
     eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
     policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    reference = lora.reference_of(policy) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
                 if fresh and reference:
-                    known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
+                    with lora.as_reference(reference):
+                        known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
                 factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
                 rate = config.learning_rate * factor
@@ -124,10 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     if step < total:
         return interrupt.exit_code
     if world.rank == 0:
-        checkpoint.save(policy, tokenizer, f"{config.output_dir}/final")
+        kind = lora.save(policy, tokenizer, f"{config.output_dir}/final")
         if config.plot:
             runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
     return 0
 
 
@@ -150,15 +151,17 @@ def generate(
             (live if signal else flat).append((len(parts), p))
         parts.append(part)
     none = experience.warn(parts, config, run, step)
-    if run.streak("flat", not live and not none) == PATIENCE:
+    kept, others = sorted((live + flat)[: config.prompts_per_step]), (live + flat)[config.prompts_per_step :]
+    chosen = experience.select_groups(parts, kept)
+    rollouts = experience.with_advantages(chosen, config.scale_rewards, config.advantage_estimator)
+    if run.streak("flat", not rollouts.advantages_PG.any() and not none) == PATIENCE:
         run.warn_once("flat", f"step {step + 1}: all completions of a prompt got equal rewards, of every prompt, "
                       f"{PATIENCE} generations in a row; nothing is learnt from that: look at completions.jsonl, and "
                       "at the reward, the prompts' difficulty, --temperature and --num_generations")
-    kept, others = sorted((live + flat)[: config.prompts_per_step]), (live + flat)[config.prompts_per_step :]
     if left_out is not None:
         left_out += [experience.select_groups([part], [(0, p) for n, p in others if n == number])
                      for number, part in enumerate(parts)]  # fmt: skip
-    return experience.with_advantages(experience.select_groups(parts, kept), config.scale_rewards), cursor
+    return rollouts, cursor
 
 
 def counted(rollouts: Rollouts, config: Config) -> Tensor:
@@ -176,11 +179,7 @@ def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
     trained = counted(rollouts, config)
     if not config.beta and not config.entropy_coef and config.loss_type != "bnpo" and config.top_entropy_quantile == 1:
         trained = trained & (rollouts.advantages_PG != 0)
-    members = [row.nonzero()[:, 0].tolist() for row in trained]
-    lengths = [rollouts.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
-    prompt_lengths = rollouts.prompt_lengths_P.tolist()
-    plan = packing.plan_micro_batches(prompt_lengths, lengths, config.tokens_per_microbatch, world.size)
-    return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
+    return rollouts.plan(trained, config.tokens_per_microbatch, world.size)
 
 
 def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict:
@@ -207,12 +206,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
-        zeros_T = torch.zeros(len(mask_T), device=world.device)
-        given_T = {
-            name: zeros_T.masked_scatter(mask_T, values_R[index_C].to(world.device))
-            for name, values_R in per_token_R.items()
-        }
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(per_token_R, index_C, mask_T, like_T=logprobs_T)
         loss, shares = losses.grpo_loss(
             logprobs_T,
             logprobs_T.detach() if on_policy else given_T["old"],
@@ -280,7 +275,13 @@ def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
     must = config.must
     must(config.num_iterations >= 1, "num_iterations", "at least 1")
-    must(config.num_generations >= 2, "num_generations", "at least 2, since completions of a group are compared")
+    estimator = config.advantage_estimator
+    grouped = estimator != "reinforce_plus_plus"  # which compares with all completions of the step
+    enough = "at least 2, since completions of a group are compared" if grouped else "at least 1"
+    must(config.num_generations >= 1 + grouped, "num_generations", enough)
+    left_out = f"left out with --advantage_estimator {estimator}"
+    must(estimator == "grpo" or config.scale_rewards == "group", "scale_rewards", f"{left_out}, which has its own")
+    must(grouped or not config.dynamic_sampling, "dynamic_sampling", f"{left_out}, which compares no groups")
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")
@@ -293,6 +294,8 @@ def check(config: Config) -> None:
     must(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "from 0 to 1")
     must(config.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1")
     must(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", "off at --beta 0, where there is no reference")
+    moves = "off with --use_peft, where the reference policy is the frozen model itself"
+    must(not (config.use_peft and config.sync_ref_model), "sync_ref_model", moves)
     must(config.dynamic_sampling >= 0, "dynamic_sampling", "at least 0")
 
 

@@ -6,6 +6,7 @@
                 gate, up = split(gate_up_proj(rms_norm(x)))
                 x += down_proj(silu(gate) * up)
     hidden = rms_norm(x);  logits = hidden @ head^T           only in `logits`: training goes through token_logprob
+                           values = hidden @ score^T          where the head is a scalar: reward and value models
 
 There is one forward pass. What differs between training, prefill and decoding is the function `attend` that it is
 given: attention over a pack, or the same with keys and values written to and read from a cache. The q, k, v and the
@@ -14,7 +15,7 @@ gate, up matrices are stored as one matrix each, since a few large products are 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
 from .kernels.linear import linear, logits, swiglu
-from .kernels.token_logprob import token_logprob
+from .kernels.token_logprob import token_logprob, token_logprob_sum
 from .packing import Pack, pack
 
 ARCHITECTURES = {
@@ -55,6 +56,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     windows: tuple[int | None, ...]  # per layer, how many tokens back a query sees, itself counted; None = all
+    scalar_head: bool  # one number a token in place of the vocabulary: XForSequenceClassification with one label
     source: dict  # the config.json
 
     @property
@@ -73,9 +75,15 @@ class ModelConfig:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"config.json: model_type {model_type!r} is not supported; known are {known}")
         expected = ARCHITECTURES[model_type]
+        classifier = expected.replace("CausalLM", "SequenceClassification")
         architectures = source.get("architectures") or [expected]
-        if architectures != [expected]:
-            raise ValueError(f"config.json: architectures {architectures} is not supported; expected {expected!r}")
+        if architectures not in ([expected], [classifier]):
+            known = f"{expected!r} or {classifier!r}"
+            raise ValueError(f"config.json: architectures {architectures} is not supported; expected {known}")
+        scalar, names = architectures == [classifier], source.get("id2label")
+        labels = len(names) if isinstance(names, dict) else source.get("num_labels", 2)
+        if scalar and labels != 1:
+            raise ValueError(f"config.json: {classifier} with {labels} labels (id2label) is not supported, only with 1")
         required = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         ).split()
@@ -103,12 +111,18 @@ class ModelConfig:
             o_bias=bias,
             mlp_bias=bool(source.get("mlp_bias", False)) and model_type == "llama",
             windows=_windows(source, model_type, layers),
+            scalar_head=scalar,
             source=source,
         )
 
     def to_hf(self) -> dict:
         """The config.json it came from, without `auto_map`: what minitrl writes asks nobody to run code."""
-        return {key: value for key, value in self.source.items() if key != "auto_map"}
+        description = {key: value for key, value in self.source.items() if key != "auto_map"}
+        architecture = ARCHITECTURES[self.model_type]
+        if self.scalar_head:
+            architecture = architecture.replace("CausalLM", "SequenceClassification")
+            description |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return description | {"architectures": [architecture]}
 
 
 def _rope_parameters(source: dict) -> dict:
@@ -193,10 +207,19 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
+    """nn.Linear by way of `linear`, and the place for an adapter (lora.py)."""
+
+    def __init__(self, *sizes: int, bias: bool):
+        super().__init__(*sizes, bias=bias)
+        self.adapter, self.deterministic = None, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, self.on_top(x, residual), self.deterministic)
+
+    def on_top(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """What is added to the product: the residual, and what the adapter makes of x."""
+        adapted = None if self.adapter is None else self.adapter(x)
+        return residual if adapted is None else adapted if residual is None else residual + adapted
 
 
 class Normalise(torch.autograd.Function):
@@ -221,7 +244,8 @@ class Normalise(torch.autograd.Function):
         product = dy * n
         mean = (product @ wide_weight)[..., None] / len(weight)
         dx = (dy * wide_weight).addcmul_(n, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -229,10 +253,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.deterministic = nn.Parameter(torch.ones(size)), eps, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or self.deterministic):
             return Normalise.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -270,8 +294,8 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, cos, sin).split(heads, dim=1)
         x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
-        up = self.gate_up_proj
-        return self.down_proj(swiglu(self.post_attention_layernorm(x), up.weight, up.bias), x)
+        y, up = self.post_attention_layernorm(x), self.gate_up_proj
+        return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y), up.deterministic), x)
 
 
 class Model(nn.Module):
@@ -280,18 +304,33 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.deterministic = False  # `make_deterministic` sets it
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
+        self.adapters = None  # what lora.py's adapters have in common, where there are any
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        width, untied = config.hidden_size, not (config.tie_word_embeddings or config.scalar_head)
+        self.lm_head = Linear(width, config.vocab_size, bias=False) if untied else None
+        self.score = Linear(width, 1, bias=False) if config.scalar_head else None
         with torch.device("cpu"):
             self.frequencies, self.rope_factor = rope_frequencies(config)  # no buffer: float32 whatever the model is
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D), the embedding's own where the checkpoint ties them."""
+        assert self.score is None, "a model with a scalar head predicts no tokens"
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def make_deterministic(self) -> None:
+        """From now on a token's numbers are the same to the bit whatever is computed beside it, and however.
+
+        Raises ValueError for adapters, whose products are not made for it.
+        """
+        if self.adapters is not None:
+            raise ValueError("deterministic: a model with LoRA adapters has no such mode; merge them, or train all of it")
+        for module in self.modules():
+            module.deterministic = True
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
         """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k and v (N, K, E)) -> (N, H, E)."""
@@ -308,10 +347,13 @@ class Model(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """(T, D) hidden states of a pack; completions read their shared prompt."""
+        if self.adapters is not None:
+            self.adapters.prepare(pack)
 
         def attend(layer, q, k, v):
-            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes, "window": self.config.windows[layer]}
-            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout)
+            options = {"window": self.config.windows[layer], "deterministic": self.deterministic}
+            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes}
+            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout, **options)
 
         return self.hidden(pack.tokens_T, pack.positions_T, attend)
 
@@ -322,13 +364,45 @@ class Model(nn.Module):
         """
         scored = scored_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
-        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], temperature=temperature)
+        options = {"temperature": temperature, "deterministic": self.deterministic}
+        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], **options)
         return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
+
+    def logprob_sum(self, pack: Pack, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sum of weights_T times log-prob, and detached (T,): log-prob, entropy, whether the token is the likeliest).
+
+        For losses whose weights are known before the forward pass: cheaper than `logprobs`. Only tokens whose weight is
+        not 0 are looked at; those without a predictor must have weight 0.
+        """
+        scored = weights_T.nonzero()[:, 0]
+        hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
+        total, *found = token_logprob_sum(hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored])
+        return total, *(x.new_zeros(len(weights_T)).index_copy(0, scored, x) for x in found)
+
+    def values(self, pack: Pack) -> Tensor:
+        """(T,) float32, what the scalar head says at each token: a reward model's score at the last, a critic's at all.
+
+        transformers' XForSequenceClassification has the same number as its logit.
+        """
+        assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
+        wide = torch.promote_types(self.score.weight.dtype, torch.float32)
+        return (self.forward(pack).to(wide) @ self.score.weight.to(wide).T)[:, 0]
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
-        return list(logits(self.forward(packed), self.head_weight).split(packed.lengths))
+        return list(logits(self.forward(packed), self.head_weight, self.deterministic).split(packed.lengths))
+
+
+@torch.no_grad()
+def with_scalar_head(model: Model, seed: int) -> Model:
+    """Give a language model a fresh scalar head in place of its own; what the head is follows from the seed alone."""
+    weight, model.lm_head = model.head_weight, None
+    model.config = replace(model.config, scalar_head=True)
+    model.score = Linear(model.config.hidden_size, 1, bias=False).to(weight)
+    draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
+    model.score.weight.copy_(0.02 * torch.randn(model.score.weight.shape, generator=draw))
+    return model
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:
@@ -339,7 +413,9 @@ def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[
         "model.embed_tokens.weight": ("embed_tokens.weight", None, (config.vocab_size, width)),
         "model.norm.weight": ("norm.weight", None, (width,)),
     }
-    if not config.tie_word_embeddings:
+    if config.scalar_head:
+        tensors["score.weight"] = ("score.weight", None, (1, width))
+    elif not config.tie_word_embeddings:
         tensors["lm_head.weight"] = ("lm_head.weight", None, (config.vocab_size, width))
     projections = [  # theirs, ours, rows from, rows to, columns, bias
         ("self_attn.q_proj", "qkv_proj", 0, q, width, config.qkv_bias),

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .kernels.decode import decode, extend, make_chunks, make_layout
 from .kernels.linear import logits, packed_weights
+from .kernels.token_logprob import token_logprob
 from .sampling import Sampling, check, is_, sample
 
 
@@ -228,11 +229,17 @@ class Engine:
     max_pages, or cache_gib: the cache's bound, by default none; a page takes 2 * layers * K * page_size * E numbers of
     the weights' dtype.
     prefill_tokens: so many tokens of prompts are computed in a step at most.
+    deterministic: log-probs are those that the model's own `logprobs` gives, to the bit, in whatever company a token is
+    sampled; the model is in that mode from here on. (Where top_k, top_p, min_p, repetition_penalty or min_tokens change
+    the distribution they are, as always, of what was sampled from.)
     """
 
     def __init__(
-        self, model, tokenizer, *, max_batch=64, page_size=16, max_pages=None, cache_gib=None, prefill_tokens=4096
-    ):
+        self, model, tokenizer, *, max_batch=64, page_size=16, max_pages=None, cache_gib=None, prefill_tokens=4096,
+        deterministic=False,
+    ):  # fmt: skip
+        if deterministic:
+            model.make_deterministic()
         like = model.head_weight.detach()
         if cache_gib is not None:
             config = model.config
@@ -479,11 +486,13 @@ class Engine:
         feeding.sort(key=lambda fed: fed[1] > 1)
         rows, counts = np.array([s.row for s, _ in feeding]), np.array([count for _, count in feeding])
         ends = np.array([s.cached for s, _ in feeding])
-        tokens = [s.ids[-1] if count == 1 and s.ids else s.tokens[s.cached - count : s.cached] for s, count in feeding]
-        tokens = np.concatenate([np.atleast_1d(ids) for ids in tokens])
+        fed = [s.ids[-1:] if count == 1 and s.cached == s.length else [] for s, count in feeding]
+        fed = [ids or s.tokens[s.cached - count : s.cached] for ids, (s, count) in zip(fed, feeding)]
+        tokens = np.concatenate(fed)
         last = counts.cumsum() - 1
         positions = np.repeat(ends - 1 - last, counts) + np.arange(len(tokens))
-        size, single = self.pool.page_size, int((counts == 1).sum())
+        # In the deterministic mode all are chunks, since their kernel is the one that has the trainer's bits.
+        size, single = self.pool.page_size, 0 if self.model.deterministic else int((counts == 1).sum())
         slots = self.pool.slots(self.page_table[np.repeat(rows, counts), positions // size], positions)
         table = torch.from_numpy(self.page_table[rows, : ends.max() // size + 1])
         tokens, positions, last = (torch.from_numpy(x).to(slots.device) for x in (tokens, positions, last))
@@ -502,7 +511,8 @@ class Engine:
             if single:
                 layouts[window] = make_layout(own, lengths, kv_heads, size, window, dtype)
             if counts:
-                chunks[window] = make_chunks(starts, counts, table[single:], self.pool.keys[0], heads, window)
+                given = starts, counts, table[single:], self.pool.keys[0], heads, window, self.model.deterministic
+                chunks[window] = make_chunks(*given)
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
@@ -512,7 +522,8 @@ class Engine:
                 options = {"window": window, "layout": layouts[window]}
                 outs.append(decode(q[:single], keys, values, own, lengths, **options))
             if counts:
-                outs.append(extend(q[single:], keys, values, chunks[window], window=window))
+                options = {"window": window, "deterministic": self.model.deterministic}
+                outs.append(extend(q[single:], keys, values, chunks[window], **options))
             return torch.cat(outs) if len(outs) > 1 else outs[0]
 
         return attend
@@ -544,7 +555,8 @@ class Engine:
         """Draw every sequence's next token; those that end leave. Returns the requests that are finished by that."""
         if not sequences:
             return []
-        logits_BV = logits(hidden_BD, self.model.head_weight)
+        weight, deterministic = self.model.head_weight, self.model.deterministic
+        logits_BV = logits(hidden_BD, weight, deterministic)
         for s in sequences:
             if s.random is None:
                 s.random = np.random.Generator(np.random.PCG64([s.request.seed, s.index]))
@@ -556,6 +568,12 @@ class Engine:
         banned = [(b, token) for b, request in early for token in request.end_ids]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories, banned)
+        if deterministic:  # as the trainer computes it
+            for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
+                plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
+                options = {"temperature": temperature, "deterministic": True}
+                exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
+                logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
         if not logprobs_B.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
         finished = []

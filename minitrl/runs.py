@@ -39,7 +39,10 @@ MAY_CHANGE = (
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
-PLACES = ("model", "dataset", "eval_dataset", "output_dir", "plot")
+PLACES = ("model", "adapter", "value_model", "dataset", "eval_dataset", "output_dir", "plot")
+
+# What an evaluation shows on the console, of what it writes as eval/...
+HELD_OUT = ("accuracy", "reward", "loss", "mean_token_accuracy", "rewards/accuracies")
 
 
 class RunFolder:
@@ -401,10 +404,9 @@ class Run:
             shown = self._rows[: self.config.num_completions_to_print]
             if self.config.log_completions and shown:  # none yet where --resume goes on with rollouts of the run before
                 print(table(*zip(*((row["prompt"], row["completion"], row["reward"]) for row in shown))), flush=True)
-        if "eval/accuracy" in metrics:
-            accuracy, reward = metrics["eval/accuracy"], metrics.get("eval/reward", math.nan)
-            scores = f"held-out accuracy {accuracy:.3f}  reward {reward:.3f}"
-            print(f"step {step}/{self.total_steps}  {scores}", flush=True)
+        scores = [f"{name} {metrics[f'eval/{name}']:.3f}" for name in HELD_OUT if f"eval/{name}" in metrics]
+        if scores:
+            print(f"step {step}/{self.total_steps}  held-out {'  '.join(scores)}", flush=True)
 
     def save(self, step: int, tensors: dict, state: dict) -> None:
         """Write the checkpoint of `step`, unless it is there; before the first step there is nothing to save."""

@@ -31,6 +31,11 @@ class Sampling:
         check(good, "repetition_penalty", penalty, "positive (1 = off)")
 
     @property
+    def untouched(self) -> bool:
+        """Whether the temperature is all that changes the distribution."""
+        return not self.cuts and self.repetition_penalty == 1
+
+    @property
     def cuts(self) -> bool:
         """Whether some tokens' probability is made zero."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)

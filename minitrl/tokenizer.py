@@ -10,7 +10,11 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
   agree (Llama 3 has `<|end_of_text|>` in one and `<|eot_id|>` in another): `end_ids` is their union.
 """
 
+import copy
+import hashlib
 import json
+import re
+import secrets
 import sys
 import threading
 import time
@@ -118,6 +122,28 @@ class Tokenizer:
                 generation_config.setdefault(f"{name}_id", self.backend.token_to_id(self.special_tokens[name]))
         write_json(folder / "generation_config.json", generation_config)
 
+    def padded(self) -> "Tokenizer":
+        """The same with a padding token that ends no text, so that a padded end token is not taken for padding.
+
+        Without one, where there is no other special token to pad with: then transformers refuses to pad.
+        """
+        other = copy.copy(self)
+        other.special_tokens, other.config = dict(self.special_tokens), dict(self.config)
+        tokens = [self.special_tokens.get(name) for name in ("pad_token", "unk_token", "bos_token")]
+        usable = [token for token in tokens if token and self.backend.token_to_id(token) not in (None, *self.end_ids)]
+        for home in (other.special_tokens, other.config):
+            home.pop("pad_token", None)
+        other.special_tokens |= {"pad_token": token for token in usable[:1]}
+        return other
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides which ids a text or a conversation gets."""
+        special = {name: token for name, token in self.special_tokens.items() if name != "pad_token"}  # never written
+        parts = [self.backend.to_str(), self.chat_template, special, self.end_ids]
+        if "strftime_now" in (self.chat_template or ""):
+            parts.append((self.now or datetime.now()).isoformat())
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
         try:
@@ -133,9 +159,10 @@ class Tokenizer:
         """Ids of a prompt: plain text as it stands, messages through the chat template up to the assistant's turn."""
         return self.encode(prompt if isinstance(prompt, str) else self.render(prompt))
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, mark: str = "") -> str:
         """The text that the checkpoint's chat template makes of `messages` (each {"role": ..., "content": ...}).
 
+        `mark` is written where the template's own {% generation %} marks stand, around what the assistant says.
         Raises ValueError where there is no template, where it refuses the messages, or where it exceeds its bounds.
         """
         if self.chat_template is None:
@@ -145,12 +172,34 @@ class Tokenizer:
             self._template = _Template(self.chat_template)
         # As transformers does: a key whose value is None counts as absent
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._template.render(messages=messages, tools=None, documents=None,
+        return self._template.render(mark, messages=messages, tools=None, documents=None,
                                      add_generation_prompt=add_generation_prompt,
                                      strftime_now=lambda form: (self.now or datetime.now()).strftime(form),
                                      **self.special_tokens)
 
+    def turns(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        """The text of `messages` in pieces, each with whether the assistant says it: what a demonstration trains.
 
+        Where the template has {% generation %} marks, they tell. Else each assistant's turn is what rendering up to it,
+        with the prompt for it, lacks of rendering with it, up to its end token; ValueError where those are no prefixes
+        of the whole (a template that writes earlier turns another way than the last one).
+        """
+        if re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self.chat_template or ""):
+            mark = secrets.token_hex(16)  # no message can hold it
+            return [(text, i % 2 == 1) for i, text in enumerate(self.render(messages, False, mark).split(mark))]
+        whole, pieces, at = self.render(messages, False), [], 0
+        ends = [self.backend.id_to_token(token_id) for token_id in self.end_ids]
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            before, after = self.render(messages[:i], True), self.render(messages[: i + 1], False)
+            if not whole.startswith(after) or not after.startswith(before) or len(before) < at:
+                raise ValueError(f"message {i + 1}: the chat template writes the messages up to it in another way "
+                                 "than within the whole conversation, so where the assistant speaks can't be told; use "
+                                 "a template with {% generation %} marks, or one row for each turn")
+            spoken = whole[len(before) : len(after)]
+            end = max((spoken.rfind(token) + len(token) for token in ends if token in spoken), default=len(spoken))
+            pieces += [(whole[at : len(before)], False), (spoken[:end], True)]
+            at = len(before) + end
+        return [*pieces, (whole[at:], False)]
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
@@ -232,16 +281,15 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     return template
 
 
-
-
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for other tools; here it is transparent."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text: `render` writes its `mark` there."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = [jinja2.nodes.Output([jinja2.nodes.EnvironmentAttribute("mark")])]
+        return mark + parser.parse_statements(("name:endgeneration",), drop_needle=True) + mark
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -261,7 +309,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                          extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self.filters["tojson"] = _tojson
         self.globals.update(raise_exception=_raise_exception)
-        self.steps, self.deadline = 0, 0.0
+        self.steps, self.deadline, self.mark = 0, 0.0, ""
 
     def count_step(self) -> None:
         self.steps += 1
@@ -321,9 +369,10 @@ class _Template:
             raise ValueError(f"the checkpoint's chat template does not compile: {error}") from error
         self.template = jinja2.Template.from_code(self.sandbox, code, self.sandbox.globals)
 
-    def render(self, **variables) -> str:
+    def render(self, mark: str, **variables) -> str:
         pieces, length = [], 0
         with self.lock:
+            self.sandbox.mark = mark
             self.sandbox.steps, self.sandbox.deadline = 0, time.thread_time() + MAX_TEMPLATE_SECONDS
             try:
                 with _limited_memory():

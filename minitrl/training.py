@@ -1,4 +1,6 @@
-"""What the scripts share about training itself: an optimizer with float32 master weights, and the schedules.
+"""What the scripts share about training itself: an optimizer with float32 master weights, the schedules, and `fit`, the
+loop of those that train on a data set as it stands: sft.py, reward.py, dpo.py. (GRPO and PPO make their own data, and
+have their own loop.)
 
 A script accumulates gradients of losses that it has already divided by the global count, so gradients are summed, over
 micro-batches and over processes, and nothing here divides them again:
@@ -12,12 +14,14 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 
 import math
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from minitrl.distributed import World, sum_
+from . import checkpoint, data, runs
+from .distributed import World, any_true, sum_
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -210,3 +214,102 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     options = {"weight_decay": config.weight_decay, "betas": betas, "eps": eps, "max_grad_norm": config.max_grad_norm}
     return Optimizer(model, world, **options)
+
+
+def total(sums: dict[str, float], world: World) -> dict[str, float]:
+    """Each number added up over all processes, which pass the same names in the same order."""
+    totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+    sum_([totals], world)
+    return dict(zip(sums, totals.tolist()))
+
+
+def fit(
+    run,
+    model: nn.Module,
+    tokenizer,
+    optimizer: Optimizer,
+    rows: int,
+    rows_per_step: int,
+    *,
+    inputs: dict[str, str],
+    backward: Callable[[list[int], int], dict],
+    evaluate: Callable[[int], dict],
+    describe: Callable[[int], object],
+    plotted: tuple[str, ...] = ("loss", "eval/loss"),
+    state: dict[str, float] | None = None,
+) -> int:
+    """Train on `rows_per_step` of `rows` rows at a time, as run.config says; returns the exit status, as main() does.
+
+    inputs: a digest of each thing that is trained on or with, by its option's name; see Run.load.
+    backward(indices, step): leave this process's share of the gradient of the step's loss in the model, where `indices`
+        are the step's rows on all processes, and `step` steps are done. Returns the metrics of the whole step, the
+        same on every process: "loss", "tokens" (all that went through the model), and whatever else is to be logged;
+        under "offending", which is not logged, those of the rows on this process whose loss is NaN or infinite.
+    evaluate(step): the metrics on held-out rows, named "eval/...", or {} where there are none; before the first step,
+        after the last, and every --eval_steps.
+    describe(index): a row's token ids, as JSON has them, for the file that NaN or infinity leaves behind.
+    state: numbers beside the weights that outlive a step; what `backward` returns under "state" replaces them once the
+        weights are updated, and a resumed run finds those of its checkpoint.
+
+    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
+    checkpoint holds. Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    """
+    config, world = run.config, run.world
+    steps = total_steps(config, rows, rows_per_step)
+    state = {} if state is None else state
+    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    state.update(saved["state"])
+    if step:
+        optimizer.load_state_tensors(tensors["optimizer"])
+    run.begin(checkpoint.fingerprint(model))
+
+    def checkpoint_now() -> None:
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
+
+    with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
+        if step == 0 and (before := evaluate(step)):
+            run.log_step(step, before)
+        while step < steps and not any_true(interrupt.wanted, world):
+            with run.timed("train"):
+                indices = data.order(rows, step * rows_per_step, rows_per_step, config.seed)
+                metrics = backward(indices, step)
+                offending = metrics.pop("offending", [])
+                if not math.isfinite(metrics["loss"]):  # a sum over all processes: all stop
+                    _stop_before_update(run, step, f"the loss is {metrics['loss']}", offending, describe)
+                rate = config.learning_rate * schedule(config.lr_scheduler_type, step, config.warmup_steps, steps)
+                try:
+                    metrics |= {"grad_norm": optimizer.step(rate), "learning_rate": rate}
+                except NotFinite as error:
+                    _stop_before_update(run, step, str(error), indices if world.rank == 0 else [], describe)
+            step += 1
+            state.update(metrics.pop("state", {}))
+            metrics["epoch"] = step * rows_per_step / rows
+            run.num_tokens += metrics["tokens"]
+            try:
+                if step == steps or (config.eval_steps and step % config.eval_steps == 0):
+                    with run.timed("evaluation"):
+                        metrics |= evaluate(step)
+            finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
+                run.log_step(step, metrics, (), metrics["tokens"])
+            if step % config.save_steps == 0:
+                checkpoint_now()
+        checkpoint_now()
+    if step < steps:
+        return interrupt.exit_code
+    if world.rank == 0:
+        checkpoint.save(model, tokenizer, f"{config.output_dir}/final")
+        if config.plot:
+            runs.draw(config.output_dir, config.plot, plotted)
+        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+    return 0
+
+
+def _stop_before_update(run, step: int, what: str, indices: list[int], describe):
+    """NaN or infinity: save the rows that it came with and stop all; the weights are still those of the step before."""
+    name = f"not_finite_step_{step + 1}_rank_"
+    if indices:  # other processes may have them
+        rows = [{"row": i, "ids": describe(i)} for i in indices]
+        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "rows": rows})
+    files = f"{run.config.output_dir}/{name}*.json"
+    remedy = "lower --learning_rate or --max_grad_norm"
+    raise NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")

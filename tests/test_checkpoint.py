@@ -168,7 +168,9 @@ def test_known_redundant_tensors_are_accepted(tmp_path):
     "changes, message",
     [
         (dict(model_type="gemma2", architectures=["Gemma2ForCausalLM"]), "gemma2"),
-        (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (dict(architectures=["LlamaForTokenClassification"]), "LlamaForTokenClassification"),
+        (dict(architectures=["LlamaForSequenceClassification"]), "with 2 labels"),
+        (dict(architectures=["LlamaForSequenceClassification"], num_labels=1), "a reward or value model"),
         (dict(model_type="qwen3_moe", auto_map={"AutoModelForCausalLM": "evil.Model"}), "qwen3_moe"),
         (dict(quantization_config={"quant_method": "gptq"}), "quantized weights"),
         (dict(vocab_size=258), "the tokenizer has ids up to 258"),
