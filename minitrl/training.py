@@ -236,6 +236,7 @@ def fit(
     evaluate: Callable[[int], dict],
     describe: Callable[[int], object],
     plotted: tuple[str, ...] = ("loss", "eval/loss"),
+    state: dict[str, float] | None = None,
 ) -> int:
     """Train on `rows_per_step` of `rows` rows at a time, as run.config says; returns the exit status, as main() does.
 
@@ -247,19 +248,23 @@ def fit(
     evaluate(step): the metrics on held-out rows, named "eval/...", or {} where there are none; before the first step,
         after the last, and every --eval_steps.
     describe(index): a row's token ids, as JSON has them, for the file that NaN or infinity leaves behind.
+    state: numbers beside the weights that outlive a step; what `backward` returns under "state" replaces them once the
+        weights are updated, and a resumed run finds those of its checkpoint.
 
-    Order and schedule are functions of the step alone, so weights, optimizer and step are all that a checkpoint holds.
-    Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
+    checkpoint holds. Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
     """
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
-    step, tensors, _ = run.load(steps, inputs) or (0, {}, {})
+    state = {} if state is None else state
+    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
     run.begin(checkpoint.fingerprint(model))
 
     def checkpoint_now() -> None:
-        run.save(step, {"optimizer": optimizer.state_tensors()}, {})
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
 
     with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
         if step == 0 and (before := evaluate(step)):
@@ -277,6 +282,7 @@ def fit(
                 except NotFinite as error:
                     _stop_before_update(run, step, str(error), indices if world.rank == 0 else [], describe)
             step += 1
+            state.update(metrics.pop("state", {}))
             metrics["epoch"] = step * rows_per_step / rows
             run.num_tokens += metrics["tokens"]
             try:
@@ -284,7 +290,7 @@ def fit(
                     with run.timed("evaluation"):
                         metrics |= evaluate(step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
-                run.log_step(step, metrics, tokens=metrics["tokens"])
+                run.log_step(step, metrics, (), metrics["tokens"])
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
