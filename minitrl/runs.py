@@ -156,7 +156,7 @@ def check_resume(old: dict, new: dict, may_change=MAY_CHANGE) -> None:
         )
 
 
-def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/accuracy")) -> None:
+def draw(output_dir: str, image: str, names: tuple[str, ...]) -> None:
     """Draw metrics of a run over its steps into a .png or .svg file."""
     from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
 
@@ -437,6 +437,16 @@ class Run:
                 except Exception as error:  # the first one is what the user has to see
                     print0(self.world, f"step {self.logged_step} could not be saved: {error}")
             raise
+
+    def finish(self, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
+        """Write each model's Hugging Face folder, "final" among them, and the plot; returns the exit status, 0."""
+        if self.folder:
+            for name, model in models.items():
+                checkpoint.save(model, tokenizer, self.folder.path / name)
+            if self.config.plot:
+                draw(self.config.output_dir, self.config.plot, plotted)
+            print(f"done: {self.config.output_dir}/final is a Hugging Face folder", flush=True)
+        return 0
 
     def dump(self, name: str, value) -> None:
         """Write a JSON file for a post-mortem, on whichever rank found the trouble."""
