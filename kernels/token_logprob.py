@@ -18,15 +18,17 @@ float64). Least traffic forward: X and W once. FLOPs: 2 T V D forward, 6 T V D b
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .linear import product
+from .linear import COLUMNS, fixed_product, product
 from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
-ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+ROWS = 1024  # of the tile of logits that is held at a time, by COLUMNS
+KEPT_ROWS = 256  # tokens whose logits `token_logprob_sum` holds at a time, of the whole vocabulary
 KEEP = 2**27  # bytes of exponentials that wait for the backward pass
 SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
@@ -80,7 +82,8 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic):
+        multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
         highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
@@ -90,20 +93,21 @@ class TiledTokenLogprob(torch.autograd.Function):
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
         for c, columns in enumerate(blocks(V, COLUMNS)):
             for rows in blocks(T, ROWS):
-                z = _logits(hidden[rows], weight[columns], tile)
+                z = _logits(hidden[rows], weight[columns], tile, multiply)
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
                 highest[c, rows] = z.amax(-1)
                 z.sub_(highest[c, rows, None]).mul_(scale)  # the difference first: it is exact where it matters
-                e = torch.exp2(z, out=_tile(spare, *z.shape))
+                e = _tile(spare, *z.shape)
+                e = torch.mul(z, LN2, out=e).exp_() if deterministic else torch.exp2(z, out=e)
                 total[c, rows] = e.sum(-1)
                 if c < kept:
                     exponentials[c, rows, : z.shape[1]] = e
                 weighted[c, rows] = e.mul_(z).sum(-1)
         shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
-        highest, factor = highest.amax(0), shift.exp2()
-        weighted = (factor * (weighted + shift * total)).sum(0)
-        total = (factor * total).sum(0)
+        highest, factor = highest.amax(0), shift.mul(LN2).exp_()  # from here on of a few numbers a token
+        weighted = reduce(torch.add, factor * (weighted + shift * total))  # in order, which .sum(0) does not promise
+        total = reduce(torch.add, factor * total)
         logprobs = (chosen - highest) / temperature - total.log()
         entropy = total.log() - LN2 * weighted / total
         ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy, exponentials, shift[:kept])
@@ -152,7 +156,53 @@ class TiledTokenLogprob(torch.autograd.Function):
                     dw = part if dw is None else dw.to(dtype).add_(part)
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
-        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
+        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None, None
+
+
+class TokenLogprobSum(torch.autograd.Function):
+    """The sum, and at once its gradients: the logits of a few rows become their own gradient. Rows are the outer loop.
+
+    Also whether each target is the likeliest token, the first of those that are equally likely.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, g, h, temperature):
+        T, dtype, scale = len(hidden), stat_dtype(hidden), 1 / (temperature * LN2)
+        logprobs, entropy, top = *hidden.new_empty((2, T), dtype=dtype), torch.empty_like(targets, dtype=torch.bool)
+        trained, entropy_counts = any(ctx.needs_input_grad[:2]), bool(h.any())
+        d_hidden = torch.empty_like(hidden) if trained else None
+        d_weight = weight.new_zeros(weight.shape, dtype=dtype) if ctx.needs_input_grad[1] else None
+        tile, spare = hidden.new_empty((2, KEPT_ROWS * len(weight)), dtype=dtype)
+        for rows in blocks(T, KEPT_ROWS):
+            x, y = hidden[rows], targets[rows, None]
+            z = _logits(x, weight, tile)
+            highest, likeliest = z.max(-1, keepdim=True)
+            top[rows] = (likeliest == y)[:, 0]
+            chosen = z.gather(1, y)
+            z.sub_(highest).mul_(scale)
+            e = torch.exp2(z, out=_tile(spare, *z.shape))
+            total = e.sum(-1, keepdim=True)
+            entropy_rows = total.log() - LN2 * torch.linalg.vecdot(e, z)[:, None] / total
+            logprobs[rows] = ((chosen - highest) / temperature - total.log())[:, 0]
+            entropy[rows] = entropy_rows[:, 0]
+            if trained:
+                a, b = (upstream[rows, None].to(dtype) / -temperature for upstream in (g, h))
+                if entropy_counts:
+                    e.mul_(z.sub_(total.log2()).mul_(LN2 * b).add_(a + b * entropy_rows).div_(total))
+                else:
+                    e.mul_(a / total)
+                dz = e.scatter_add_(1, y, -a).to(weight.dtype)
+                d_hidden[rows] = product(dz, weight.t())
+                if d_weight is not None:
+                    d_weight += product(dz.t(), x.t())
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(logprobs, entropy, top)
+        return (g * logprobs + h * entropy).sum(), logprobs, entropy, top
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        found = (None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
+        return *found, None, None, None, None
 
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -160,9 +210,9 @@ def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+def _logits(x: Tensor, w: Tensor, buffer: Tensor, multiply=product) -> Tensor:
     """x w^T in the buffer's dtype and memory."""
-    return _tile(buffer, len(x), len(w)).copy_(product(x, w))
+    return _tile(buffer, len(x), len(w)).copy_(multiply(x, w))
 
 
 def token_logprob(
@@ -179,7 +229,8 @@ def token_logprob(
 
     hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
-    deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
+    deterministic: a token has the same bits in any batch: its log-prob, and on a GPU, where the log-prob has them
+        always, its gradient too.
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
         rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
         bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
@@ -199,8 +250,9 @@ def token_logprob(
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
-    logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic
+    logprobs, entropy = TiledTokenLogprob.apply(*given)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
 
@@ -218,24 +270,28 @@ def token_logprob_sum(
     """sum_t (weights_t log-prob_t + entropy_weights_t entropy_t): for losses known before the forward pass, as SFT's.
 
     Logits are then computed once and not twice: one product of four is saved. Other arguments are token_logprob's.
-    Returns (the sum, logprobs_T, entropy_T), of which the sum alone carries gradients, to hidden and weight alone.
+    Returns (the sum, logprobs_T, entropy_T, top_T), top_T bool: whether no token is likelier than the target. The sum
+    alone carries gradients, to hidden and weight alone.
     """
     zeros = torch.zeros_like(weights_T)
     g, h = weights_T.detach(), zeros if entropy_weights_T is None else entropy_weights_T.detach()
-    trained = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    if trained and use_triton(hidden_TD):
+    scored_T = targets_T != IGNORE  # elsewhere a weight may be NaN
+    if use_triton(hidden_TD):
         check(hidden_TD, weight_VD)
-        from .token_logprob_triton import token_logprob_sum_op
+        from . import token_logprob_triton as kernels
 
-        total, out, *_ = token_logprob_sum_op(
-            hidden_TD, weight_VD, targets_T, g.float(), h.float(), temperature, deterministic
-        )
-        return total, out[0].detach(), out[1].detach()
-    options = {"temperature": temperature, "deterministic": deterministic}
-    logprobs, entropy = token_logprob(hidden_TD, weight_VD, targets_T, **options)
-    scored = targets_T != IGNORE  # elsewhere a weight may be NaN
-    total = torch.where(scored, g * logprobs + h * entropy, 0).sum()
-    return total, logprobs.detach(), entropy.detach()
+        if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+            sums = g.float(), h.float(), temperature, deterministic
+            total, out, *_ = kernels.token_logprob_sum_op(hidden_TD, weight_VD, targets_T, *sums)
+        else:
+            out = kernels.token_logprob_op(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+            total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
+        out = out.detach()
+        return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
+    scored = scored_T.nonzero()[:, 0]
+    hidden, targets, g, h = (x.index_select(0, scored) for x in (hidden_TD, targets_T, g, h))
+    total, *found = TokenLogprobSum.apply(hidden, weight_VD, targets, g, h, temperature)
+    return total, *(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
 def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):

@@ -30,6 +30,8 @@ from .model import Model, ModelConfig, hf_tensors, with_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # lora.py's
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a float of so many bytes
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoints carry; it follows from config.json
 STATE_FORMAT, STATE_VERSION = "minitrl state", 1
@@ -46,6 +48,9 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: 
     is missing, unknown, misshapen or of a type that is not plain floating point.
     """
     folder = _locate(source)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model {source}: holds an adapter alone; give --adapter {source} and its base as --model, "
+                         "or merge the two (python -m minitrl.lora merge)")
     description = read_json(folder / "config.json")
     config = ModelConfig.from_hf(description)
     if config.scalar_head and not scalar_head:
@@ -76,8 +81,7 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
     A folder that is there already is replaced whole, so no stale shard is left in it; where it holds anything but such
     files, ValueError. OSError names the folder if the disk fails, and an older folder of that name is still there.
     """
-    folder = Path(os.path.realpath(folder))
-    refuse_strangers(folder)
+    assert model.adapters is None, "only the base would be written: lora.save, or lora.merge_ first"
     dtype = dtype or model.embed_tokens.weight.dtype
     config = model.config.to_hf()
     config.pop("dtype", None)  # transformers 5's name; 4 and vLLM know the old one, and all read it
@@ -88,7 +92,8 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
         tokenizer = tokenizer.padded()
         padding = tokenizer.special_tokens.get("pad_token")
         config["pad_token_id"] = tokenizer.backend.token_to_id(padding) if padding else None
-    with _published(folder) as temporary:
+    refuse_strangers(folder)
+    with published(Path(os.path.realpath(folder))) as temporary:
         write_json(temporary / "config.json", config)
         tokenizer.save(temporary)
         _save_weights(model, temporary, dtype, max_shard_bytes)
@@ -105,8 +110,7 @@ def refuse_strangers(folder) -> None:
 @torch.no_grad()
 def fingerprint(model: Model) -> str:
     """A digest of the model's description and weights: sums over their bits, which are exact in any order."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = {name: p.view(integers[p.element_size()]) for name, p in model.named_parameters()}
+    bits = {name: p.view(INTEGERS[p.element_size()]) for name, p in model.named_parameters()}
     sums = {name: int(value.sum(dtype=torch.int64)) for name, value in bits.items()}
     return _digest_of({"config": model.config.to_hf(), "sums": sums})
 
@@ -144,7 +148,7 @@ def _weight_files(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
     files: dict[str, list[Path]] = {}
     for path in paths:
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             for name in tensors.keys():
                 files.setdefault(name, []).append(path)
     for name, shard in (index or {}).items():
@@ -169,7 +173,7 @@ def _shard(folder: Path, name) -> Path:
 
 
 @contextmanager
-def _opened(path: Path):
+def opened(path: Path):
     """A safetensors file, mapped; a broken one is a ValueError that names it."""
     try:
         with safe_open(path, framework="pt", device="cpu") as tensors:
@@ -188,7 +192,7 @@ def _check_tensors(files: dict[str, list[Path]], config: ModelConfig, folder: Pa
     problems += [f"unknown: {name}" for name in files if name not in expected and name not in redundant]
     problems += [f"in more than one file: {name}" for name, paths in files.items() if len(paths) > 1]
     for path in sorted({path for paths in files.values() for path in paths}):
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             for name in tensors.keys():
                 if name not in expected:
                     continue
@@ -216,14 +220,15 @@ def _fill(model: Model, files: dict[str, list[Path]]) -> None:
     """Copy every tensor into its rows of our parameter, one file open at a time so that its pages can go again."""
     places, parameters = hf_tensors(model.config), dict(model.named_parameters())
     for path in sorted({path for paths in files.values() for path in paths}):
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             for name in set(tensors.keys()) & set(places):
                 parameter, rows, _ = places[name]
                 parameters[parameter][rows or slice(None)].copy_(tensors.get_tensor(name))
 
 
 def _is_model_file(path: Path) -> bool:
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX_FILE)
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX_FILE,
+             ADAPTER_CONFIG, ADAPTER_FILE)
     return path.name in names or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name) is not None
 
 
@@ -252,7 +257,7 @@ def _save_weights(model: Model, folder: Path, dtype: torch.dtype, max_shard_byte
 
 
 @contextmanager
-def _published(folder: Path):
+def published(folder: Path):
     """Yield a temporary folder beside `folder`, which takes its place by a rename once all of it is on the disk.
 
     Whatever fails, the temporary folder is removed and OSError names `folder`, which still holds what it held before.
@@ -309,7 +314,7 @@ def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], sta
     """
     assert all(re.fullmatch(r"\w+", stem) for stem in tensors), f"not plain file names: {list(tensors)}"
     root = Path(output_dir) / "checkpoints"
-    with _published(root / f"step_{step}") as temporary:
+    with published(root / f"step_{step}") as temporary:
         files = {}
         for stem, named in tensors.items():
             path = temporary / f"{stem}.safetensors"
@@ -347,7 +352,7 @@ def load_state(output_dir) -> tuple[int, dict[str, dict[str, Tensor]], dict, lis
             notes.append(f"{folder} holds files that no checkpoint has, they are not read: {', '.join(strangers)}")
         tensors = {}
         for name in body["files"]:
-            with _opened(folder / name) as file:
+            with opened(folder / name) as file:
                 tensors[name.removesuffix(".safetensors")] = {key: file.get_tensor(key) for key in file.keys()}
         return step, tensors, body["state"], notes
     if notes:

@@ -25,7 +25,7 @@ import yaml
 
 # Options of TRL, transformers and accelerate that have another name here, or another place.
 REPLACED = {
-    "per_device_train_batch_size": "--prompts_per_step (over all processes) and --tokens_per_microbatch (what fits)",
+    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (over all processes) and --tokens_per_microbatch",
     "gradient_accumulation_steps": "--tokens_per_microbatch: a step is cut into micro-batches of that many tokens",
     "generation_batch_size": "--prompts_per_step times --num_generations",
     "steps_per_generation": "--num_iterations: every optimizer step trains on the whole generated batch",
@@ -51,6 +51,12 @@ REPLACED = {
     "logging_strategy": "--logging_steps",
     "optim": "nothing: the optimizer is AdamW",
     "ddp_timeout": "--timeout",
+    "use_rslora": "--lora_alpha times the square root of --lora_r: rank-stabilised scaling itself is not supported",
+    "use_dora": "nothing: DoRA is not supported, adapters are plain low-rank ones (--use_peft)",
+    "lora_modules_to_save": "nothing: beside the adapters a scalar head is trained and saved, and nothing else",
+    "lora_target_parameters": "--lora_target_modules",
+    "load_in_4bit": "nothing: quantized weights are not supported",
+    "load_in_8bit": "nothing: quantized weights are not supported",
     "no_cuda": "--device cpu",
 }
 
@@ -73,6 +79,12 @@ class CommonOptions:
     seed: int = 42  # of the data order and of every sampled token
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights in forward and backward; master weights: float32
+    use_peft: bool = False  # train low-rank adapters (LoRA) beside the frozen model, and nothing else
+    adapter: str | None = None  # folder of an adapter to start from, whose rank, alpha and targets hold; none: fresh ones
+    lora_r: int = 16  # rank of the adapters
+    lora_alpha: int = 32  # what they add is multiplied by lora_alpha / lora_r
+    lora_dropout: float = 0.05  # share of their inputs that training sets to 0, and sampling never
+    lora_target_modules: tuple[str, ...] = ("q_proj", "v_proj")  # projections that get one; all-linear: all seven
     timeout: float = 1800.0  # seconds that a process waits for the others before it gives up
     max_steps: int = -1  # optimizer steps in all; -1: as many as --num_train_epochs takes
     num_train_epochs: float = 3.0  # passes over the data, when --max_steps is -1
@@ -111,6 +123,13 @@ class CommonOptions:
         for name in ("eval_steps", "save_total_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("lora_r", "lora_alpha"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        require(bool(self.lora_target_modules), "lora_target_modules", "", "names of projections, or all-linear")
+        require(self.use_peft or self.adapter is None, "adapter", self.adapter, "given together with --use_peft")
+        based = self.model is not None or not self.use_peft
+        require(based, "use_peft", "on", "given together with --model: the toy is in no folder that an adapter could name")
         drawable = self.plot is None or self.plot.endswith((".png", ".svg"))
         require(drawable, "plot", self.plot, "the name of a .png or .svg file")
         can_draw = self.plot is None or importlib.util.find_spec("matplotlib")

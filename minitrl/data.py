@@ -12,11 +12,15 @@ pure function of (seed, position): there is no iterator whose state would have t
 with another number of ranks, reads the same rows in the same order.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
+import os
+import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,10 @@ import numpy
 ROLES = ("system", "user", "assistant")
 # A column of such a name would collide with what a reward function gets anyway (see rewards.score).
 RESERVED = ("prompts", "completions", "completion_ids", "step", "first_index")
+
+# The files of a token cache: one array each, raw.
+FLAT = {"tokens": numpy.int32, "trained": numpy.uint8, "ends": numpy.int64, "first": numpy.int64}
+CACHE_VERSION = 1
 
 PARQUET = """{path}: parquet is not read. Convert it to JSONL with the `datasets` package:
     python -c "import datasets; datasets.Dataset.from_parquet('{path}').to_json('data.jsonl')\""""
@@ -92,19 +100,15 @@ class Documents:
 
     @classmethod
     def of(cls, pairs) -> "Documents":
-        """Of (ids, mask) for each, mask 1 where the token is learnt."""
-        tokens, trained, ends, first, digest = array("i"), bytearray(), array("q"), array("q"), hashlib.sha256()
-        for ids, mask in pairs:
-            learnt = bytes(mask).find(1, 1)
-            first.append(len(tokens) + (learnt if learnt > 0 else len(ids)))
-            tokens.extend(ids)
-            trained += bytes(mask)
-            ends.append(len(tokens))
-        for part in (tokens, trained, ends):
-            digest.update(part)
-        ends = numpy.array(ends)
-        flat = numpy.frombuffer(tokens, numpy.int32), numpy.frombuffer(trained, numpy.uint8)
-        return cls(*flat, numpy.concatenate([[0], ends[:-1]]), ends, numpy.array(first), digest.hexdigest())
+        """Of (ids, mask) for each, mask 1 where the token is learnt, held in memory."""
+        arrays = array("i"), bytearray(), array("q"), array("q")
+        digest = _write(pairs, arrays, lambda: None)
+        return cls._from([numpy.frombuffer(part, dtype) for part, dtype in zip(arrays, FLAT.values())], digest)
+
+    @classmethod
+    def _from(cls, flat: list[numpy.ndarray], digest: str) -> "Documents":
+        tokens, trained, ends, first = flat
+        return cls(tokens, trained, numpy.concatenate([[0], ends[:-1]]), ends, first, digest)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -130,25 +134,114 @@ class Documents:
         kept = self.first < ends
         return replace(self, starts=self.starts[kept], ends=ends[kept], first=self.first[kept])
 
+    def wrapped(self, length: int) -> tuple["Documents", numpy.ndarray]:
+        """The documents end to end, cut at every `length` tokens: the pieces, and at which of them the rows begin.
+
+        A piece is a document of its own: it sees nothing of what stands before it.
+        """
+        ends = numpy.cumsum(self.lengths)
+        rows = numpy.arange(0, ends[-1], length)
+        cuts = numpy.union1d(ends, rows)  # 0 among them, and the end
+        begins, shift = cuts[:-1], self.ends - ends  # shift: from the place end to end to the place in the flat arrays
+        shift = shift[numpy.searchsorted(ends, begins, side="right")]
+        pieces = replace(self, starts=begins + shift, ends=cuts[1:] + shift, first=begins + shift)
+        return pieces, numpy.append(numpy.searchsorted(begins, rows), len(begins))
+
 
 def load_demonstrations(
-    path: str | Path, tokenizer, completion_only: bool | None = None, assistant_only: bool = False
+    path: str | Path,
+    tokenizer,
+    completion_only: bool | None = None,
+    assistant_only: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> Documents:
     """The token ids of every row's text, and which of them are learnt.
 
     completion_only: learn the completion of a prompt, not the prompt; None: where there are prompts.
     assistant_only: of messages, learn what the assistant says alone; see Tokenizer.turns.
+    cache_dir: a folder to keep the tokens in, which are then not held in memory but read from there, now and in later
+        runs, as long as file, tokenizer and options are the same.
     Text, and a completion that is text, is ended by the first of the end tokens unless it ends with one.
     Raises ValueError naming file and line: a row of another kind, or one that these options can't be applied to.
     """
-    def demonstrations():
+
+    def demonstrations() -> Iterator[tuple[list[int], bytes]]:
         for line, row in _numbered_rows(Path(path)):
             try:
                 yield _demonstration(row, tokenizer, completion_only, assistant_only)
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from error
 
-    return Documents.of(demonstrations())
+    if cache_dir is None or not Path(path).is_file():  # where there is no file, this says so
+        return Documents.of(demonstrations())
+    made_of = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            made_of.update(block)
+    options = [CACHE_VERSION, tokenizer.fingerprint(), completion_only, assistant_only]
+    made_of.update(json.dumps(options).encode())
+    folder = Path(cache_dir) / made_of.hexdigest()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be writing it
+        if not folder.exists():
+            fresh = folder.with_suffix(".new")
+            shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left behind
+            fresh.mkdir()
+            _write_files(demonstrations(), fresh)
+            os.rename(fresh, folder)
+    return _mapped(folder)
+
+
+def _write(pairs, arrays, flush: Callable[[], None]) -> str:
+    """Append documents to tokens, mask, ends and first; `flush` after each. Returns a digest of all."""
+    tokens, trained, ends, first = arrays
+    digest, place = hashlib.sha256(), 0
+    for ids, mask in pairs:
+        mask, ids = bytes(mask), array("i", ids)
+        learnt = mask.find(1, 1)
+        first.append(place + (learnt if learnt > 0 else len(ids)))
+        place += len(ids)
+        ends.append(place)
+        tokens.extend(ids)
+        trained.extend(mask)
+        for part in (ids, mask, len(ids).to_bytes(8, "little")):
+            digest.update(part)
+        flush()
+    return digest.hexdigest()
+
+
+def _write_files(pairs, folder: Path, at_least: int = 2**20) -> None:
+    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes; so many tokens at once."""
+    arrays = array("i"), bytearray(), array("q"), array("q")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / name, "wb")) for name in FLAT]
+
+        def flush(least: int = at_least) -> None:
+            if len(arrays[0]) >= least:
+                for file, part in zip(files, arrays):
+                    file.write(part)
+                    del part[:]
+
+        digest = _write(pairs, arrays, flush)
+        flush(0)
+    sizes = {name: (folder / name).stat().st_size for name in FLAT}
+    (folder / "header.json").write_text(json.dumps({"version": CACHE_VERSION, "digest": digest, "sizes": sizes}))
+
+
+def _mapped(folder: Path) -> Documents:
+    """The documents in the files of `_write_files`. ValueError where these are not whole."""
+    try:
+        header = json.loads((folder / "header.json").read_text())
+        flat = [numpy.memmap(folder / name, dtype, "r") for name, dtype in FLAT.items()]
+        tokens, trained, ends, first = flat[0], flat[1], *map(numpy.array, flat[2:])  # offsets are held in memory
+        digest, sizes = str(header["digest"]), {name: part.nbytes for name, part in zip(FLAT, flat)}
+        sound = len(tokens) == len(trained) == ends[-1] and len(ends) == len(first) and ends[0] >= 0
+        if sizes != header["sizes"] or not sound or (numpy.diff(ends) < 0).any():
+            raise ValueError("its files do not fit together")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--cache_dir: {folder} is not whole ({error}); remove it, and it is made again") from None
+    return Documents._from([tokens, trained, ends, first], digest)
 
 
 def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant_only: bool) -> tuple[list, bytes]:

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, rewards, toy
+from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
@@ -204,6 +204,7 @@ def load(config: RolloutOptions, run):
         rows, eval_rows = toy.datasets(config.seed)
     else:
         policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        lora.adapt(policy, config, world)
         tokenizer.now = run.began
         rows, eval_rows = [], []
         for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):

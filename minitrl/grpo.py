@@ -16,7 +16,6 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
     torchrun --nproc_per_node 8 -m minitrl.grpo --model Qwen/Qwen3-0.6B --dataset math.jsonl --reward rewards.py:correct
 """
 
-import copy
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, losses, runs, toy, training
+from . import distributed, experience, lora, losses, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 from .rollout import Engine
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    reference = lora.reference_of(policy) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
@@ -97,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
                 if fresh and reference:
-                    known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
+                    with lora.as_reference(reference):
+                        known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
                 metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    return interrupt.exit_code if step < total else run.finish({"final": policy}, tokenizer)
+    return interrupt.exit_code if step < total else training.finish(run, {"final": policy}, tokenizer)
 
 
 def generate(
@@ -283,6 +283,8 @@ def check(config: Config) -> None:
     must(0 <= config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "from 0 to 1")
     must(config.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1")
     must(config.beta > 0 or not config.sync_ref_model, "sync_ref_model", "off at --beta 0, where there is no reference")
+    moves = "off with --use_peft, where the reference policy is the frozen model itself"
+    must(not (config.use_peft and config.sync_ref_model), "sync_ref_model", moves)
     must(config.dynamic_sampling >= 0, "dynamic_sampling", "at least 0")
 
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .kernels.attention import attention
 from .kernels.linear import linear, logits, swiglu
-from .kernels.token_logprob import token_logprob
+from .kernels.token_logprob import token_logprob, token_logprob_sum
 from .packing import Pack, pack
 
 ARCHITECTURES = {
@@ -207,10 +207,19 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
+    """nn.Linear by way of `linear`, and the place for an adapter (lora.py)."""
+
+    def __init__(self, *sizes: int, bias: bool):
+        super().__init__(*sizes, bias=bias)
+        self.adapter, self.deterministic = None, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, self.on_top(x, residual), self.deterministic)
+
+    def on_top(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """What is added to the product: the residual, and what the adapter makes of x."""
+        adapted = None if self.adapter is None else self.adapter(x)
+        return residual if adapted is None else adapted if residual is None else residual + adapted
 
 
 class Normalise(torch.autograd.Function):
@@ -235,7 +244,8 @@ class Normalise(torch.autograd.Function):
         product = dy * n
         mean = (product @ wide_weight)[..., None] / len(weight)
         dx = (dy * wide_weight).addcmul_(n, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -243,10 +253,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.deterministic = nn.Parameter(torch.ones(size)), eps, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or self.deterministic):
             return Normalise.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -284,8 +294,8 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, cos, sin).split(heads, dim=1)
         x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
-        up = self.gate_up_proj
-        return self.down_proj(swiglu(self.post_attention_layernorm(x), up.weight, up.bias), x)
+        y, up = self.post_attention_layernorm(x), self.gate_up_proj
+        return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y), up.deterministic), x)
 
 
 class Model(nn.Module):
@@ -294,7 +304,9 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.deterministic = False  # `make_deterministic` sets it
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
+        self.adapters = None  # what lora.py's adapters have in common, where there are any
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -309,6 +321,16 @@ class Model(nn.Module):
         """(V, D), the embedding's own where the checkpoint ties them."""
         assert self.score is None, "a model with a scalar head predicts no tokens"
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def make_deterministic(self) -> None:
+        """From now on a token's numbers are the same to the bit whatever is computed beside it, and however.
+
+        Raises ValueError for adapters, whose products are not made for it.
+        """
+        if self.adapters is not None:
+            raise ValueError("deterministic: a model with LoRA adapters has no such mode; merge them, or train all of it")
+        for module in self.modules():
+            module.deterministic = True
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
         """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k and v (N, K, E)) -> (N, H, E)."""
@@ -325,10 +347,13 @@ class Model(nn.Module):
 
     def forward(self, pack: Pack) -> Tensor:
         """(T, D) hidden states of a pack; completions read their shared prompt."""
+        if self.adapters is not None:
+            self.adapters.prepare(pack)
 
         def attend(layer, q, k, v):
-            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes, "window": self.config.windows[layer]}
-            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout)
+            options = {"window": self.config.windows[layer], "deterministic": self.deterministic}
+            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes}
+            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout, **options)
 
         return self.hidden(pack.tokens_T, pack.positions_T, attend)
 
@@ -339,8 +364,20 @@ class Model(nn.Module):
         """
         scored = scored_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
-        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], temperature=temperature)
+        options = {"temperature": temperature, "deterministic": self.deterministic}
+        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], **options)
         return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
+
+    def logprob_sum(self, pack: Pack, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sum of weights_T times log-prob, and detached (T,): log-prob, entropy, whether the token is the likeliest).
+
+        For losses whose weights are known before the forward pass: cheaper than `logprobs`. Only tokens whose weight is
+        not 0 are looked at; those without a predictor must have weight 0.
+        """
+        scored = weights_T.nonzero()[:, 0]
+        hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
+        total, *found = token_logprob_sum(hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored])
+        return total, *(x.new_zeros(len(weights_T)).index_copy(0, scored, x) for x in found)
 
     def values(self, pack: Pack) -> Tensor:
         """(T,) float32, what the scalar head says at each token: a reward model's score at the last, a critic's at all.
@@ -354,7 +391,7 @@ class Model(nn.Module):
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
-        return list(logits(self.forward(packed), self.head_weight).split(packed.lengths))
+        return list(logits(self.forward(packed), self.head_weight, self.deterministic).split(packed.lengths))
 
 
 @torch.no_grad()

@@ -103,26 +103,48 @@ def pack_lengths(lengths, capacity: int, strategy: str = "bfd"):
     Longest first, each document goes into the fullest bin that still takes it, so every bin but an over-long document's
     own holds at most `capacity` tokens. A document longer than `capacity` stands alone: whether to refuse or cut it is
     the caller's decision.
+
+    Documents of one length go together, and bins with one amount of space: the fullest bin that takes a document takes
+    the next of its length too, until it is too full. So the loop is over lengths and spaces, not documents.
     """
     if strategy != "bfd":
         raise ValueError(f"packing strategy {strategy!r} is unknown; choose 'bfd'")
     lengths = np.asarray(lengths, np.int64)
+    if not len(lengths):
+        return np.empty(0, np.int64), 0
+    shorter = lengths.max() - lengths
+    order = np.argsort(shorter.astype(np.min_scalar_type(shorter.max())), kind="stable")  # 16 bits are sorted by radix
+    sizes, counts = np.unique(lengths, return_counts=True)
     bins, spaces, by_space, count = np.empty(len(lengths), np.int64), [], {}, 0
-    for i in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[i])
-        at = bisect.bisect_left(spaces, length)  # the tightest open space that takes it
-        if at < len(spaces):
-            space = spaces[at]
-            bins[i] = by_space[space].pop()
-            if not by_space[space]:
-                del by_space[space], spaces[at]
-        else:
-            space, bins[i], count = max(capacity, length), count, count + 1
-        rest = space - length  # a full bin stays open: it takes empty documents
-        if rest not in by_space:
-            bisect.insort(spaces, rest)
-        by_space.setdefault(rest, []).append(bins[i])
+
+    def leave(space: int, some: np.ndarray) -> None:
+        """Note bins that have so much space left; a full bin stays open: it takes empty documents."""
+        if len(some):
+            if space not in by_space:
+                bisect.insort(spaces, space)
+            by_space.setdefault(space, []).append(some)
+
+    for size, documents in zip(sizes[::-1].tolist(), np.split(order, np.cumsum(counts[::-1])[:-1])):
+        while len(documents):
+            at = bisect.bisect_left(spaces, size)  # the tightest open space that takes one
+            space = spaces.pop(at) if at < len(spaces) else max(capacity, size)
+            each = space // size if size else len(documents)  # so many go into one bin
+            needed = -(-len(documents) // each)
+            some = np.concatenate(by_space.pop(space)) if space in by_space else np.arange(count, count + needed)
+            count = max(count, int(some.max()) + 1)
+            used, placed = some[:needed], min(len(documents), len(some) * each)
+            bins[documents[:placed]] = np.repeat(used, each)[:placed]
+            leave(space - each * size, used[:-1])
+            leave(space - (placed - (len(used) - 1) * each) * size, used[-1:])
+            leave(space, some[needed:])
+            documents = documents[placed:]
     return bins, count
+
+
+def rows_of(bins: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents bin by bin, and the (count + 1,) places in that list where bins begin and the last ends."""
+    narrow = bins.astype(np.min_scalar_type(count))
+    return np.argsort(narrow, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))])
 
 
 def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks: int = 1):
@@ -137,7 +159,8 @@ def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks:
     """
     parts = []  # (tokens, p, [g, ...])
     for p, (prompt, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
-        bins, count = pack_lengths(lengths, max(1, capacity - prompt))
+        whole = prompt + sum(lengths) <= capacity and len(lengths) > 0  # most are
+        bins, count = (np.zeros(len(lengths)), 1) if whole else pack_lengths(lengths, max(1, capacity - prompt))
         for b in range(count):
             members = np.flatnonzero(bins == b).tolist()
             parts.append((prompt + sum(lengths[g] for g in members), p, members))

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, losses, runs, toy, training
+from . import checkpoint, data, distributed, experience, lora, losses, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
+    reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
     engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
                 checkpoint_now()
         checkpoint_now()
     trained = {"final": policy, "value_model": value_model}
-    return interrupt.exit_code if step < total else run.finish(trained, tokenizer)
+    return interrupt.exit_code if step < total else training.finish(run, trained, tokenizer)
 
 
 def load_value_model(policy, tokenizer, config: Config, world):
@@ -122,6 +122,7 @@ def load_value_model(policy, tokenizer, config: Config, world):
     value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
+    lora.adapt(value_model, replace(config, adapter=None, model=config.value_model), world)
     longest = config.max_prompt_length + config.max_completion_length
     room = context_length(value_model.config)
     require(longest <= room, "value_model", config.value_model, f"a model with {longest} positions; it has {room}")
@@ -142,7 +143,8 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
     [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
     known, rewards_R = {"old": old_R, "values": values_R}, torch.zeros(len(old_R), dtype=torch.float64)
     if reference:
-        reference_R, _ = experience.score(reference, rollouts, plan, config, world)
+        with lora.as_reference(reference):
+            reference_R, _ = experience.score(reference, rollouts, plan, config, world)
         known["kl"] = losses.kl_estimate(old_R, reference_R, config.kl_estimator)
         rewards_R -= config.kl_coef * known["kl"]
     lengths_N = rollouts.lengths_PG.flatten()

@@ -38,7 +38,7 @@ MAY_CHANGE = (
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
-PLACES = ("model", "value_model", "dataset", "eval_dataset", "output_dir", "plot")
+PLACES = ("model", "adapter", "value_model", "dataset", "eval_dataset", "output_dir", "plot")
 
 # What an evaluation shows on the console, of what it writes as eval/...
 HELD_OUT = ("accuracy", "reward", "loss", "mean_token_accuracy", "rewards/accuracies")
@@ -437,16 +437,6 @@ class Run:
                 except Exception as error:  # the first one is what the user has to see
                     print0(self.world, f"step {self.logged_step} could not be saved: {error}")
             raise
-
-    def finish(self, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
-        """Write each model's Hugging Face folder, "final" among them, and the plot; returns the exit status, 0."""
-        if self.folder:
-            for name, model in models.items():
-                checkpoint.save(model, tokenizer, self.folder.path / name)
-            if self.config.plot:
-                draw(self.config.output_dir, self.config.plot, plotted)
-            print(f"done: {self.config.output_dir}/final is a Hugging Face folder", flush=True)
-        return 0
 
     def dump(self, name: str, value) -> None:
         """Write a JSON file for a post-mortem, on whichever rank found the trouble."""

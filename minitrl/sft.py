@@ -27,17 +27,21 @@ from .data import Documents
 from .rollout import context_length
 
 
+MEANS = ("loss", "mean_token_accuracy", "entropy")  # metrics that are means over the learnt tokens
+
+
 @dataclass
 class Config(CommonOptions):
     """Fine-tune a language model on demonstrations. Names and defaults are TRL 1.16's where it has the option."""
 
     learning_rate: float = 2e-5  # AdamW's, at the top of the schedule
     examples_per_step: int = 8  # rows in one optimizer step, over all processes; a row: a document, or a packed row
-    max_length: int | None = 1024  # tokens; the rest of a longer document is cut off, and counted; none: nothing is cut
-    packing: bool = False  # fill rows with documents up to max_length tokens
+    max_length: int | None = 1024  # tokens; what a document has beyond is cut off, and counted; none: nothing is cut
+    packing: bool = False  # fill each row with documents, up to max_length tokens
     packing_strategy: Literal["bfd", "wrapped"] = "bfd"  # bfd: best fit, documents whole; wrapped: cut at rows' ends
-    completion_only_loss: bool | None = None  # learn the completion, not the prompt; none: where there are prompts
+    completion_only_loss: bool | None = None  # learn the completion and not the prompt; none: where there are prompts
     assistant_only_loss: bool = False  # of messages, learn what the assistant says alone
+    cache_dir: str | None = None  # folder to keep token ids in, mapped into memory: for data that is large
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,20 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(model, config, world)
     inputs = {"--dataset": documents.digest} | ({"--eval_dataset": held_out.digest} if held_out else {})
-    if config.model is not None:  # the embedded model is made anew each time
+    if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
         inputs["--model"] = checkpoint.fingerprint(model)
-    members, starts = rows(documents, config)
+    documents, members, starts = rows(documents, config)
+    distributed.print0(world, f"{len(documents)} documents, {documents.lengths.sum():,} tokens, {len(starts) - 1} rows")
 
     def backward(indices: list[int], step: int) -> dict:
-        chosen = np.concatenate([members[starts[i] : starts[i + 1]] for i in indices])
-        return learn(model, documents, chosen.tolist(), config, world)
+        of_rows = [members[starts[i] : starts[i + 1]] for i in indices]
+        metrics, not_finite = learn(model, documents, np.concatenate(of_rows), config, world)
+        row_of = np.repeat(indices, list(map(len, of_rows)))
+        return metrics | {"offending": sorted(set(row_of[not_finite].tolist()))}
 
     @torch.no_grad()
     def evaluate(step: int) -> dict:
-        if not held_out:
-            return {}
-        metrics = learn(model, held_out, range(len(held_out)), config, world)
-        return {f"eval/{name}": metrics[name] for name in ("loss", "entropy")}
+        metrics = learn(model, held_out, np.arange(len(held_out)), config, world)[0] if held_out else {}
+        return {f"eval/{name}": metrics[name] for name in MEANS if name in metrics}
 
     return training.fit(
         run,
@@ -91,51 +96,62 @@ def load(config: Config, run):
         return model, tokenizer, *toy.demonstrations(config.seed)
     model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
     tokenizer.now = run.began
-    found = []
-    for path in (config.dataset, config.eval_dataset):
-        if path is None:
-            found.append(None)
-            continue
-        read = data.load_demonstrations(path, tokenizer, config.completion_only_loss, config.assistant_only_loss)
-        kept = read.truncated(config.max_length)
-        cut = int((read.lengths > (config.max_length or math.inf)).sum())
-        if cut or len(kept) < len(read):
-            left_out = f"{len(read) - len(kept)} have nothing to learn and are left out"
-            distributed.print0(world, f"{path}: {cut} of {len(read)} documents are above --max_length "
-                               f"{config.max_length} and cut; {left_out}")
-        require(len(kept) > 0, "dataset", path, "documents of which something is left to learn")
-        longest, room = int(kept.lengths.max()), context_length(model.config)
-        require(longest <= room, "max_length", config.max_length, f"at most {room}, for which the model has positions")
+    room = context_length(model.config)
+    fits = config.max_length is None or config.max_length <= room
+    require(fits, "max_length", config.max_length, f"at most {room}, for which the model has positions")
+    found, limit = [], config.max_length
+    for name in ("dataset", "eval_dataset"):
+        path = getattr(config, name)
+        whole = kept = path and data.load_demonstrations(
+            path, tokenizer, config.completion_only_loss, config.assistant_only_loss, config.cache_dir
+        )
+        if whole and not (config.packing and config.packing_strategy == "wrapped" and name == "dataset"):
+            longest, most = int(whole.lengths.max()), min(room, config.tokens_per_microbatch)
+            rule = f"given, at most {most}: a document of {path} has {longest} tokens"
+            require(limit is not None or longest <= most, "max_length", limit, rule)
+            kept = whole.truncated(limit)
+            cut, gone = int((whole.lengths > (limit or math.inf)).sum()), len(whole) - len(kept)
+            if cut or gone:
+                distributed.print0(world, f"{path}: {cut} of {len(whole)} documents are above --max_length {limit} and "
+                                   f"cut; {gone} in which nothing is left to learn are left out")
+            require(len(kept) > 0, name, path, "a file with something to learn before --max_length")
         found.append(kept)
     return model, tokenizer, *found
 
 
-def rows(documents: Documents, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """(documents in the order of their rows, where in it each row begins and the last ends)."""
+def rows(documents: Documents, config: Config) -> tuple[Documents, np.ndarray, np.ndarray]:
+    """(documents, their numbers row by row, the places in that list where rows begin and the last ends)."""
     if not config.packing:
-        return np.arange(len(documents)), np.arange(len(documents) + 1)
-    bins, count = packing.pack_lengths(documents.lengths, config.max_length)
-    return np.argsort(bins, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))])
+        return documents, np.arange(len(documents)), np.arange(len(documents) + 1)
+    if config.packing_strategy == "wrapped":
+        pieces, starts = documents.wrapped(config.max_length)
+        return pieces, np.arange(len(pieces)), starts
+    return documents, *packing.rows_of(*packing.pack_lengths(documents.lengths, config.max_length))
 
 
-def learn(model, documents: Documents, chosen, config: Config, world) -> dict:
-    """Loss of the chosen documents, and its gradient in the model unless under no_grad; metrics over all processes."""
-    lengths = documents.lengths[chosen].tolist()
-    one_each = [0] * len(lengths), [[n] for n in lengths]
+def learn(model, documents: Documents, chosen: np.ndarray, config: Config, world) -> tuple[dict, list[int]]:
+    """The loss of the chosen documents, and its gradient in the model where gradients are on.
+
+    All processes call it with the same documents, share the work, and get the metrics of the whole; also returns which
+    of the chosen were, on this process, in a micro-batch whose loss is not finite.
+    """
+    lengths, masks = documents.lengths[chosen].tolist(), [documents.mask(d) for d in chosen]
+    count = max(1, sum(int(mask.sum()) for mask in masks))  # over all micro-batches and processes
+    one_each = [0] * len(lengths), [[length] for length in lengths]
     plan = packing.plan_micro_batches(*one_each, config.tokens_per_microbatch, world.size)
-    count = sum(int(documents.mask(d).sum()) for d in chosen)
-    sums = dict.fromkeys(("loss", "entropy"), 0.0)
+    sums, not_finite = np.zeros(len(MEANS)), []
     for batch in plan[world.rank]:
-        mine = [chosen[p] for p, _ in batch]
-        pack = packing.pack([documents.ids(d) for d in mine], device=world.device)
-        mask_T = torch.from_numpy(np.concatenate([documents.mask(d) for d in mine])).to(world.device)
-        logprobs_T, entropy_T = model.logprobs(pack, mask_T)
-        loss = -logprobs_T.sum() / count
+        places = [place for place, _ in batch]
+        pack = packing.pack([documents.ids(chosen[place]) for place in places], device=world.device)
+        mask_T = torch.from_numpy(np.concatenate([masks[place] for place in places])).to(world.device)
+        loss, _, entropy_T, top_T = model.logprob_sum(pack, mask_T.float() / -count)
         if torch.is_grad_enabled():
             loss.backward()
-        sums["loss"] += loss.item()
-        sums["entropy"] += entropy_T.sum().item() / count
-    return training.total(sums, world) | {"trained_tokens": count, "tokens": sum(lengths)}
+        shares = torch.stack([loss.detach(), top_T.sum() / count, entropy_T.sum() / count]).tolist()
+        sums += shares
+        not_finite += places if not math.isfinite(shares[0]) else []
+    metrics = training.total(dict(zip(MEANS, sums)), world)
+    return metrics | {"trained_tokens": count, "tokens": sum(lengths)}, not_finite
 
 
 def check(config: Config) -> None:
@@ -146,9 +162,18 @@ def check(config: Config) -> None:
 
     must(config.examples_per_step >= 1, "examples_per_step", "at least 1")
     must(config.max_length is None or config.max_length >= 2, "max_length", "at least 2")
+    must(config.max_length is not None or not config.packing, "max_length", "given with --packing: how long a row is")
+    fits = config.max_length is None or config.tokens_per_microbatch >= config.max_length
+    must(fits, "tokens_per_microbatch", f"at least --max_length, {config.max_length} tokens")
     for given, other in (("model", "dataset"), ("dataset", "model")):
         both = getattr(config, given) is None or getattr(config, other) is not None
         must(both, given, f"given together with --{other}; without both, the embedded default runs")
+    if config.model is None:
+        must(config.eval_dataset is None, "eval_dataset", "left out without --model: the embedded default has its own")
+        must(config.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+    must(config.model is None or config.eval_dataset is not None or not config.eval_steps, "eval_steps",
+         "given with --eval_dataset")
+    must(not config.log_completions, "log_completions", "off: there are none")
 
 
 if __name__ == "__main__":

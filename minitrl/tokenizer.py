@@ -11,6 +11,7 @@ A thin layer over the `tokenizers` library, which reads `tokenizer.json` itself.
 """
 
 import copy
+import hashlib
 import json
 import re
 import secrets
@@ -120,6 +121,13 @@ class Tokenizer:
             if name in self.special_tokens:
                 generation_config.setdefault(f"{name}_id", self.backend.token_to_id(self.special_tokens[name]))
         write_json(folder / "generation_config.json", generation_config)
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides which ids a text or a conversation gets."""
+        parts = [self.backend.to_str(), self.chat_template, self.special_tokens, self.end_ids]
+        if "strftime_now" in (self.chat_template or ""):
+            parts.append((self.now or datetime.now()).isoformat())
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def padded(self) -> "Tokenizer":
         """The same with a padding token that ends no text, so that a padded end token is not taken for padding.

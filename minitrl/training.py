@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, runs
+from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, sum_
 
 
@@ -283,11 +283,22 @@ def fit(
                     with run.timed("evaluation"):
                         metrics |= evaluate(step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
-                run.log_step(step, metrics, tokens=metrics["tokens"])
+                run.log_step(step, metrics, (), metrics["tokens"])
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    return interrupt.exit_code if step < steps else run.finish({"final": model}, tokenizer, plotted)
+    return interrupt.exit_code if step < steps else finish(run, {"final": model}, tokenizer, plotted)
+
+
+def finish(run, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
+    """Write each model's folder, "final" among them, and the plot; returns the exit status, 0."""
+    output_dir = run.config.output_dir
+    if run.world.rank == 0:
+        kinds = {name: lora.save(model, tokenizer, f"{output_dir}/{name}") for name, model in models.items()}
+        if run.config.plot:
+            runs.draw(output_dir, run.config.plot, plotted)
+        print(f"done: {output_dir}/final is a {kinds['final']} folder", flush=True)
+    return 0
 
 
 def update(optimizer: Optimizer, run, step: int, ids: Callable[[], dict[str, list]]) -> dict[str, float]:

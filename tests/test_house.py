@@ -13,22 +13,22 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout rollout_client transfer losses rewards data packing pairs checkpoint lora model "
-    "tokenizer distributed config kernels".split()
+    "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
+    "checkpoint lora model tokenizer distributed config kernels".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint training toy".split()
+        "rollout rollout_client rewards packing distributed config data checkpoint lora training toy".split()
     ),
-    "training": {"distributed", "checkpoint", "packing", "runs", "data"},
+    "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
-    "rollout": {"model", "packing", "tokenizer", "kernels"},
+    "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model"},
-    "lora": {"model"},
+    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},

@@ -626,7 +626,7 @@ def test_learns(tiny, tmp_path):
 
 
 FAULTS = {  # where the process dies: function, after which step, at which call
-    "rollout": ("minitrl.rollout:draw", 4, 3),
+    "rollout": ("minitrl.sampling:draw", 4, 3),
     "judge": ("minitrl.losses:gae", 4, 1),
     "backward": ("minitrl.losses:ppo_loss", 6, 1),
     "optimizer": ("minitrl.training:Optimizer._round_masters", 3, 1),

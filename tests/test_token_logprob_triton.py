@@ -51,7 +51,7 @@ class Known(torch.autograd.Function):
     @classmethod
     def op(cls, hidden, weight, targets, temperature=1.0):
         g, h = cls.upstream.float()
-        total, logprobs, entropy = token_logprob_sum(
+        total, logprobs, entropy, _ = token_logprob_sum(
             hidden, weight, targets, g, entropy_weights_T=h, temperature=temperature
         )
         assert not logprobs.requires_grad and not entropy.requires_grad
@@ -412,10 +412,10 @@ def test_the_sum_scales_with_its_upstream_gradient_and_runs_on_a_cpu():
         args = x, w, given["targets"], g.to(dtype)
         if dtype == torch.float32:
             with interpreted():
-                total, logprobs, entropy = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
+                total, logprobs, entropy, _ = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
                 (3 * total).backward()
         else:
-            total, logprobs, entropy = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
+            total, logprobs, entropy, _ = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
             (3 * total).backward()
         found.append([total.detach(), logprobs, entropy, x.grad, w.grad])
     for got, true in zip(*found):
