@@ -35,7 +35,7 @@ REPLACED = {
     "dataset_name": "--dataset FILE.jsonl",
     "dataset_test_split": "--eval_dataset FILE.jsonl",
     "reward_funcs": "--reward FILE.py:FUNCTION",
-    "reward_model_name_or_path": "--reward FILE.py:FUNCTION",
+    "reward_model_name_or_path": "--reward FOLDER",
     "bf16": "--dtype bfloat16 (the default; master weights are float32)",
     "fp16": "--dtype bfloat16",
     "torch_dtype": "--dtype",

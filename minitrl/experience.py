@@ -6,7 +6,7 @@ many ranks there are.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Sampling, context_length
+from .rollout import Engine, context_length
+from .rollout_client import RemoteEngine
+from .sampling import Sampling
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
@@ -40,6 +42,8 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
+    rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
 
     def __post_init__(self):
@@ -48,7 +52,8 @@ class RolloutOptions(CommonOptions):
             self.must(getattr(self, name) >= 1, name, "at least 1")
         self.must(self.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)  # checks its own
-        self.must(0 < self.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
+        for name in ("reward_timeout", "rollout_timeout"):
+            self.must(0 < getattr(self, name) <= 1e6, name, "above 0 and at most 1e6 seconds")
         cache = self.max_completion_length if self.overlong_cache is None else self.overlong_cache
         self.must(0 < cache <= self.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
         longest = self.max_prompt_length + self.max_completion_length
@@ -194,6 +199,13 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
+def engine_of(config: RolloutOptions, policy, tokenizer, world: World):
+    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
+    if config.rollout_server:
+        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
+    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
+
+
 def load(config: RolloutOptions, run):
     """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
@@ -218,6 +230,7 @@ def load(config: RolloutOptions, run):
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
             f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.open_models(functions + eval_functions, tokenizer, world.device, partial(print0, world))
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])
@@ -294,7 +307,7 @@ def generate_and_score(
     repeated = [row for row in mine for _ in range(G)]
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
-        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
+        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling)
         completions = [completion for group in groups for completion in group]
         rewards_NF = rewards.score(
             functions,

@@ -30,7 +30,7 @@ from . import checkpoint, data, distributed, experience, lora, losses, runs, toy
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
-from .rollout import Engine, context_length
+from .rollout import context_length
 
 # What losses.ppo_loss says of each minibatch, in TRL 0.16.0's names where it has it.
 MEANS = (
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
+    engine = experience.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)

@@ -1,6 +1,6 @@
 """Reward model: preferences to a model that scores an answer with one number, in one file.
 
-    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             data.load_preferences
+    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             pairs.load_preferences
     2  a language model's trunk with a fresh scalar head                                 checkpoint.load, Model.values
     3  take the next `examples_per_step` pairs, divide them into micro-batches of so many tokens, each prompt standing
        once before both answers                                                          pairs.batches
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     @torch.no_grad()
     def evaluate(step: int) -> dict:
         metrics = learn(model, held_out, [], config, world) if held_out else {}
-        return {f"eval/{name}": value for name, value in metrics.items() if name not in ("tokens", "offending")}
+        return {f"eval/{name}": value for name, value in metrics.items() if name not in pairs.OF_A_STEP}
 
     return training.fit(
         run,
@@ -91,17 +91,18 @@ def load(config: Config, run):
 def learn(model, rows: list[dict], indices: list[int], config: Config, world) -> dict:
     """Leave this process's share of the gradient of the rows' loss in the model, unless under no_grad; returns the
     metrics of all rows."""
-    scores_P2, margins_P = torch.zeros(len(rows), 2), torch.tensor([float(row["margin"]) for row in rows])
+    scores_P2 = torch.zeros(len(rows), 2, device=world.device)
+    margins_P = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     centre, offending = config.center_rewards_coefficient, []
     for members, pack in pairs.batches(rows, config, world):
         scores = model.values(pack)[pack.cu_seqlens[1:] - 1].view(-1, 3)[:, 1:]  # prompt, chosen, rejected: their last
         loss = losses.reward_loss(*scores.unbind(1), margins_P[members].to(world.device), centre, len(rows))
         if loss.requires_grad:
             loss.backward()
-        if not loss.isfinite():
-            offending += members
-        scores_P2[members] = scores.detach().cpu()
+        offending += [p for p, sound in zip(members, scores.isfinite().all(1).tolist()) if not sound]
+        scores_P2[members] = scores.detach().float()
     distributed.sum_([scores_P2], world)
+    scores_P2 = scores_P2.cpu()
     metrics = {"loss": losses.reward_loss(*scores_P2.unbind(1), margins_P, centre).item()}
     metrics |= statistics(scores_P2, pairs.lengths(rows)) | {"tokens": pairs.tokens(rows)}
     return metrics | {"offending": [indices[p] for p in offending] if indices else []}

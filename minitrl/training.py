@@ -236,6 +236,7 @@ def fit(
     evaluate: Callable[[int], dict],
     describe: Callable[[int], object],
     plotted: tuple[str, ...] = ("loss", "eval/loss"),
+    state: dict[str, float] | None = None,
 ) -> int:
     """Train on `rows_per_step` of `rows` rows at a time, as run.config says; returns the exit status, as main() does.
 
@@ -247,19 +248,23 @@ def fit(
     evaluate(step): the metrics on held-out rows, named "eval/...", or {} where there are none; before the first step,
         after the last, and every --eval_steps.
     describe(index): a row's token ids, as JSON has them, for the file that NaN or infinity leaves behind.
+    state: numbers beside the weights that outlive a step; what `backward` returns under "state" replaces them once the
+        weights are updated, and a resumed run finds those of its checkpoint.
 
-    Order and schedule are functions of the step alone, so weights, optimizer and step are all that a checkpoint holds.
-    Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
+    checkpoint holds. Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
     """
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
-    step, tensors, _ = run.load(steps, inputs) or (0, {}, {})
+    state = {} if state is None else state
+    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
     run.begin(checkpoint.fingerprint(model))
 
     def checkpoint_now() -> None:
-        run.save(step, {"optimizer": optimizer.state_tensors()}, {})
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
 
     def described(indices: list[int]) -> dict:
         return {"rows": [{"row": i, "ids": describe(i)} for i in indices]}
@@ -276,6 +281,7 @@ def fit(
                     stop_before_update(run, step, f"the loss is {metrics['loss']}", described(offending))
                 metrics |= update(optimizer, run, step, lambda: described(indices if world.rank == 0 else []))
             step += 1
+            state.update(metrics.pop("state", {}))
             metrics["epoch"] = step * rows_per_step / rows
             run.num_tokens += metrics["tokens"]
             try:

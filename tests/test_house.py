@@ -19,7 +19,7 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint lora training toy".split()
+        "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
     "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
@@ -27,8 +27,9 @@ ARROWS = {
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
-    "rewards": {"model"},
+    "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed"},
     "transfer": {"distributed"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},

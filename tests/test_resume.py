@@ -46,9 +46,9 @@ def at(target: str, step: int, call: int, what) -> None:
     original, log_step = getattr(owner, name), grpo.runs.Run.log_step
     counts = {"step": 0, "calls": 0}
 
-    def counting(run, logged, *arguments):
+    def counting(run, logged, *arguments, **options):
         counts["step"] = logged
-        return log_step(run, logged, *arguments)
+        return log_step(run, logged, *arguments, **options)
 
     def wrapper(*arguments, **options):
         counts["calls"] += counts["step"] >= step
