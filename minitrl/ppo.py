@@ -56,6 +56,7 @@ class Config(RolloutOptions):
     cliprange: float = 0.2  # the ratio is clipped to 1 - cliprange .. 1 + cliprange
     cliprange_value: float = 0.2  # the value is clipped to as much around what it was when sampled
     vf_coef: float = 0.1  # weight of the value loss
+    lora_dropout: float = 0.0  # share of the adapters' inputs set to 0: ratios would not begin at 1 (TRL: no dropout)
 
     def __post_init__(self):
         super().__post_init__()

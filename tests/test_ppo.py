@@ -568,6 +568,24 @@ def test_the_value_model_has_its_own_layers(tiny, tmp_path):
     assert losses_[0] != losses_[1]
 
 
+def test_adapters(tiny, tmp_path):
+    """Of both models the adapters alone are trained (and the value model's head), and the reference is the base."""
+    given = dict(use_peft=True, lora_target_modules=("all-linear",), save_steps=3)
+    ends(argv(tiny, tmp_path / "a", **given))
+    first, later = steps(tmp_path / "a")[0], steps(tmp_path / "a")[4]
+    assert first["objective/kl"] == 0 and first["val/ratio"] == pytest.approx(1, abs=1e-6) and later["objective/kl"] != 0
+    trained = load_file(tmp_path / "a/checkpoints/step_8/optimizer.safetensors")
+    assert {name.split(".")[1] for name in trained if "." in name} == {"policy", "value"}
+    assert all(".adapter." in name or name.endswith("value.score.weight") for name in trained if name != "step")
+    for name in ("final", "value_model"):
+        assert (tmp_path / "a" / name / "adapter_model.safetensors").exists()
+    value_model = with_scalar_head(checkpoint.load(tiny.folder / "model")[0], 1)
+    checkpoint.save(value_model, checkpoint.load(tiny.folder / "model")[1], tmp_path / "value")
+    ends(argv(tiny, tmp_path / "b", value_model=tmp_path / "value", **given))
+    described = json.loads((tmp_path / "b/value_model/adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(tmp_path / "value") and described["task_type"] == "SEQ_CLS"
+
+
 def test_a_fresh_value_model_guesses_near_0(tiny):
     policy, _ = checkpoint.load(tiny.folder / "model")
     value_model = ppo.load_value_model(policy, None, options(), ALONE)
