@@ -137,7 +137,7 @@ class RemoteEngine:
         return [future.result() for future in futures]
 
     def revive(self, probe: list[int] | None) -> None:
-        """Take back the servers that are due to be asked again, if they are up to date or, on rank 0, can be brought."""
+        """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
         due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
         if not due:
             return
@@ -212,8 +212,8 @@ class RemoteEngine:
         self.mismatch = max(self.mismatch, difference)
         tolerance = TOLERANCE[self.policy.head_weight.dtype]
         if not difference <= tolerance:
-            raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ by {difference:.3g} "
-                             f"nats from the policy's, more than {tolerance}: it does not sample from these weights")
+            raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ from the policy's "
+                             f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
 
     def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
         """One prompt's completions, from whichever server; asked again until one has answered."""

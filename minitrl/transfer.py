@@ -30,6 +30,7 @@ from torch import Tensor
 from .distributed import World, _named
 
 BUCKET = 16 * 2**20  # bytes
+MEET_SECONDS = 60.0  # the keeper of a store has it before others hear of it: who is not there by then will not be
 ALIGN = 16  # each tensor begins at a multiple of so many bytes, so that the staging memory can be viewed as it
 
 
@@ -51,7 +52,8 @@ class Bridge:
             given = {"is_master": False} if listener is None else {"is_master": True}
             if listener is not None:
                 given["master_listen_fd"] = listener.detach()
-            self.store = dist.TCPStore(host, port, None, timeout=self.timeout, wait_for_workers=False, **given)
+            patience = min(self.timeout, timedelta(seconds=MEET_SECONDS))
+            self.store = dist.TCPStore(host, port, None, timeout=patience, wait_for_workers=False, **given)
             store = dist.PrefixStore(f"bridge/{generation}/{secret}", self.store)
             store.set(f"here/{rank}", "")
             deadline = time.monotonic() + timeout_s

@@ -30,6 +30,7 @@ def here(tiny, **options):
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield running
         running.shutdown()
+        running.weights.close()
         running.worker.stop()
 
 

@@ -14,7 +14,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint lora model tokenizer distributed config kernels".split()
+    "checkpoint lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -31,6 +31,7 @@ ARROWS = {
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "rollout_client": {"rollout", "transfer", "packing", "data", "distributed"},
     "transfer": {"distributed"},
+    "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},

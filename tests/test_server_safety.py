@@ -11,16 +11,18 @@ import string
 import threading
 import time
 from contextlib import contextmanager
+from http import HTTPStatus
 
 import pytest
 import serving
 import torch
 from serving import ask, raw
 
-from minitrl import checkpoint, server as server_module, transfer
+from minitrl import checkpoint, transfer, web
 from minitrl.config import parse
 from minitrl.rollout import Engine
-from minitrl.server import Config, Fields, Head, Refused, parse_head
+from minitrl.server import Config, Connection
+from minitrl.web import MUST, Fields, Head, Refused, parse_head
 
 KEY = "a-key-of-the-tests-0123456789"
 GOOD = {"prompt": [2, 11, 3, 12], "max_tokens": 4, "seed": 1, "return_token_ids": True}
@@ -234,7 +236,7 @@ def test_a_refused_request_does_not_end_the_connection(server):
 @contextmanager
 def impatient(monkeypatch):
     for name in ("HEAD_SECONDS", "BODY_SECONDS", "IDLE_SECONDS", "SEND_SECONDS"):
-        monkeypatch.setattr(server_module, name, 0.6)
+        monkeypatch.setattr(web, name, 0.6)
     yield
 
 
@@ -299,7 +301,7 @@ def test_who_leaves_frees_what_was_his(server, monkeypatch, stream, half):
 
 def test_a_reader_that_does_not_read_is_left(server, monkeypatch):
     """A stream into a full socket ends in its time, and holds no one up meanwhile."""
-    monkeypatch.setattr(server_module, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(web, "SEND_SECONDS", 0.5)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(server.server_address)
@@ -354,7 +356,7 @@ def test_queue_full(server, monkeypatch):
 
 def test_bodies_are_bounded_together(server, monkeypatch):
     """Many large bodies that do not come: memory is promised to a few of them alone."""
-    monkeypatch.setattr(server_module, "BODIES", 2)
+    monkeypatch.setattr(web, "BODIES", 2)
     head = (b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 250000\r\n\r\n")  # fmt: skip
     slow = [socket.create_connection(server.server_address, timeout=20) for _ in range(2)]
@@ -373,7 +375,7 @@ def test_bodies_are_bounded_together(server, monkeypatch):
 
 
 def test_the_key_is_wanted_on_every_route(tiny):
-    paths = {path: method for method, path in server_module.ROUTES}
+    paths = {path: method for method, path in Connection.routes}
     with serving.here(tiny, api_key=KEY) as server:
         for path, method in [*paths.items(), ("/", "GET"), ("/nothing", "GET"), ("/health", "PUT"), ("/docs", "GET")]:
             body = b"{}" if method in ("POST", "PUT") else None
@@ -525,8 +527,12 @@ def test_weights_that_are_not_finite_fail_requests_and_not_the_server(tiny):
 # P1, P2, P4
 
 
-def test_a_pickle_is_bytes(server, tmp_path):
-    marker = tmp_path / "marker"
+def test_a_pickle_is_bytes(tiny, tmp_path):
+    with serving.here(tiny, transfer_timeout=2) as server:
+        send_pickles(server, tmp_path / "marker")
+
+
+def send_pickles(server, marker):
 
     class Bomb:
         def __reduce__(self):
@@ -548,8 +554,10 @@ def test_a_pickle_is_bytes(server, tmp_path):
         connection.sendall(bomb)
         connection.close()
 
-    threading.Thread(target=stranger).start()
+    thread = threading.Thread(target=stranger)
+    thread.start()
     assert ask(server.url, "/weights/meet", body)[0] == 409
+    thread.join()
     listener.close()
     assert not marker.exists()
 
@@ -633,10 +641,10 @@ def fuzz_parsers(cases: int, seed: int) -> int:
             assert "transfer-encoding" not in head.headers and all(c not in v for v in head.headers.values() for c in "\r\n\0")
             good += 1
         except Refused as refused:
-            assert 400 <= refused.status < 506 and refused.status in server_module.REASONS
+            assert 400 <= refused.status < 506 and HTTPStatus(refused.status)
         try:
             fields = Fields(hostile_body(random_))
-            fields.take("prompt", (str, list), of=(str, list, int), required=True)
+            fields.take("prompt", (str, list), MUST, of=(str, list, int))
             fields.take("n", int, 1, 1, 8), fields.take("temperature", float, 1.0), fields.take("stop", (str, list), of=str)
             fields.done()
             good += 1
@@ -657,7 +665,7 @@ def test_a_hundred_thousand_hostile_requests():
 def fuzz_routes(server, cases: int, seed: int) -> set[int]:
     """Whole requests over one socket after the other, to all routes, until the answer: always one, and never a 500."""
     random_, statuses = random.Random(seed), set()
-    paths = [path for method, path in server_module.ROUTES if method == "POST" and "communicator" not in path]
+    paths = [path for method, path in Connection.routes if method == "POST" and "communicator" not in path]
     for _ in range(cases):
         body = hostile_body(random_)
         path = random_.choice(paths)
