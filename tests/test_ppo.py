@@ -595,6 +595,24 @@ def test_a_fresh_value_model_guesses_near_0(tiny):
     assert all(p is not theirs.get(name) for name, p in policy.named_parameters())
 
 
+def test_one_folder_is_reward_and_value_model(tiny, tmp_path):
+    """The reward is what the model says at the last token; training the value model does not move it."""
+    policy, tokenizer = checkpoint.load(tiny.folder / "model")
+    scorer = with_scalar_head(policy, 1)
+    scorer.score.weight.data *= 20
+    checkpoint.save(scorer, tokenizer, tmp_path / "scorer")
+    arguments = argv(tiny, tmp_path / "run", value_model=tmp_path / "scorer")
+    arguments[arguments.index("--reward") + 1] = str(tmp_path / "scorer")
+    ends(arguments)
+    written = rows(tmp_path / "run", "completions")
+    assert {row["step"] for row in written} == {1, 5}
+    for row in written:
+        ids = tokenizer.encode(row["prompt"]) + row["completion_ids"]
+        assert row["reward"] == pytest.approx(scorer.values(pack([ids]))[-1].item(), rel=1e-4, abs=1e-5)
+    moved, _ = checkpoint.load(tmp_path / "run" / "value_model", scalar_head=True)
+    assert (moved.score.weight - scorer.score.weight).abs().max() > 1e-3
+
+
 def test_the_missing_end_token_costs(tiny, tmp_path):
     """The penalty is taken off where no end token came, from what is trained on and not from what is written down."""
     ends(argv(tiny, tmp_path, missing_eos_penalty=2.0, max_completion_length=6, max_steps=1, prompts_per_step=16))
