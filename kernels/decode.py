@@ -1,4 +1,4 @@
-"""Decoding attention: one query per sequence against the paged key/value cache.
+"""Attention against the paged key/value cache: one query per sequence (`decode`), or a chunk of a prompt (`extend`).
 
 Row b's keys are the first lengths[b] slots of its pages, in the order of its page table:
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention import attend_tiles, paged_tiles
 from .targets import use_triton
 
 
@@ -79,3 +80,31 @@ def decode(
         raise ValueError("decode: deterministic needs the Triton kernels, plain PyTorch has not the bits of attention")
     options = {"scale": scale, "window": window, "layout": layout}
     return decode_reference(q, k_pages, v_pages, page_table, lengths, **options)
+
+
+def make_chunks(starts, counts, page_table, k_pages, heads: int, window: int | None, deterministic: bool = False):
+    """What `extend` needs to know, worked out once a step for all layers: counts[b] queries behind starts[b] tokens.
+
+    starts, counts: ints on the host.  page_table: int64 (B, M), on the host too.  k_pages: any layer's.
+    """
+    if use_triton(k_pages):
+        from . import decode_triton
+
+        return decode_triton.chunk_tiles(starts, counts, page_table.tolist(), k_pages)
+    return paged_tiles(starts, counts, page_table, k_pages.shape[2], window, heads, k_pages.shape[1], deterministic)
+
+
+def extend(q, k_pages, v_pages, chunks, *, scale=None, window=None, deterministic=False) -> Tensor:
+    """Attention of several queries a sequence, a chunk of its prompt, against all that the cache holds before each.
+
+    q: (T, H, E), the rows' queries end to end, their own keys and values in the cache already.  chunks: `make_chunks`.
+    deterministic: with the bits that `attention` gives the query in a pack, if so asked, too; always on a GPU.
+    Returns (T, H, E) in q's dtype.
+    """
+    kv_heads, _, size = k_pages.shape[1:]
+    scale = size**-0.5 if scale is None else scale
+    if use_triton(q):
+        from . import decode_triton
+
+        return decode_triton.extend(q, k_pages, v_pages, *chunks, scale=scale, window=window)
+    return attend_tiles(q, k_pages.view(-1, size), v_pages.view(-1, size), kv_heads, chunks, scale, deterministic)

@@ -18,6 +18,8 @@ In the deterministic form each row is a tile of the attention kernel, with one q
 blocks of keys as in training, so the same bits. Its pages are copied side by side for that.
 """
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -198,3 +200,25 @@ def decode(q, k_pages, v_pages, page_table, lengths, *, scale: float, window, sh
                          "set MINITRL_KERNELS=reference")  # fmt: skip
     order, rank = sharing(page_table, lengths, k_pages.shape[2]) if shared is None else shared
     return decode_pieces(q, k_pages, v_pages, page_table, lengths, order, rank, scale, window)
+
+
+def chunk_tiles(starts, counts, page_table: list, k_pages: Tensor) -> tuple[Tensor, Tensor]:
+    """The pages that `extend` copies side by side, and the attention kernel's tiles of queries."""
+    tiled, page_size = config(attention_triton.tiling("fwd", k_pages.dtype, k_pages.shape[3])), k_pages.shape[2]
+    pages, tiles = [], []
+    for at, start, count, table in zip(accumulate(counts, initial=0), starts, counts, page_table):
+        own_at = len(pages) * page_size
+        pages += table[: -(-(start + count) // page_size)]
+        for first in range(0, count, tiled["QUERIES"]):
+            rows = min(tiled["QUERIES"], count - first)
+            tiles.append((at + first, rows, start + first, 0, own_at, 0))  # as of query_tiles
+    device = k_pages.device
+    return torch.tensor(pages).to(device), torch.tensor(tiles, dtype=torch.int32).to(device)
+
+
+def extend(q, k_pages, v_pages, pages: Tensor, tiles: Tensor, *, scale: float, window) -> Tensor:
+    """See decode.py."""
+    attention_triton.check(q, k_pages, v_pages, scale)
+    (K, _, E), tiled = k_pages.shape[1:], config(attention_triton.tiling("fwd", q.dtype, q.shape[2]))
+    k, v = (x.index_select(0, pages).transpose(1, 2).reshape(-1, K, E) for x in (k_pages, v_pages))
+    return attention_triton.launch_forward(attention_triton.rows_of(q), k, v, tiles, scale, window, tiled)[0]

@@ -18,15 +18,16 @@ float64). Least traffic forward: X and W once. FLOPs: 2 T V D forward, 6 T V D b
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .linear import product
+from .linear import COLUMNS, fixed_product, product
 from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
-ROWS, COLUMNS = 1024, 2048  # of the tile of logits that is held at a time
+ROWS = 1024  # of the tile of logits that is held at a time, by COLUMNS
 KEPT_ROWS = 256  # tokens whose logits `token_logprob_sum` holds at a time, of the whole vocabulary
 KEEP = 2**27  # bytes of exponentials that wait for the backward pass
 SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
@@ -81,7 +82,8 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic):
+        multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
         highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
@@ -91,20 +93,21 @@ class TiledTokenLogprob(torch.autograd.Function):
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
         for c, columns in enumerate(blocks(V, COLUMNS)):
             for rows in blocks(T, ROWS):
-                z = _logits(hidden[rows], weight[columns], tile)
+                z = _logits(hidden[rows], weight[columns], tile, multiply)
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
                 highest[c, rows] = z.amax(-1)
                 z.sub_(highest[c, rows, None]).mul_(scale)  # the difference first: it is exact where it matters
-                e = torch.exp2(z, out=_tile(spare, *z.shape))
+                e = _tile(spare, *z.shape)
+                e = torch.mul(z, LN2, out=e).exp_() if deterministic else torch.exp2(z, out=e)
                 total[c, rows] = e.sum(-1)
                 if c < kept:
                     exponentials[c, rows, : z.shape[1]] = e
                 weighted[c, rows] = e.mul_(z).sum(-1)
         shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
-        highest, factor = highest.amax(0), shift.exp2()
-        weighted = (factor * (weighted + shift * total)).sum(0)
-        total = (factor * total).sum(0)
+        highest, factor = highest.amax(0), shift.mul(LN2).exp_()  # from here on of a few numbers a token
+        weighted = reduce(torch.add, factor * (weighted + shift * total))  # in order, which .sum(0) does not promise
+        total = reduce(torch.add, factor * total)
         logprobs = (chosen - highest) / temperature - total.log()
         entropy = total.log() - LN2 * weighted / total
         ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy, exponentials, shift[:kept])
@@ -153,7 +156,7 @@ class TiledTokenLogprob(torch.autograd.Function):
                     dw = part if dw is None else dw.to(dtype).add_(part)
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
-        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None
+        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None, None
 
 
 class TokenLogprobSum(torch.autograd.Function):
@@ -207,9 +210,9 @@ def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+def _logits(x: Tensor, w: Tensor, buffer: Tensor, multiply=product) -> Tensor:
     """x w^T in the buffer's dtype and memory."""
-    return _tile(buffer, len(x), len(w)).copy_(product(x, w))
+    return _tile(buffer, len(x), len(w)).copy_(multiply(x, w))
 
 
 def token_logprob(
@@ -226,7 +229,8 @@ def token_logprob(
 
     hidden_TD: (T, D) the states that predict the targets.  weight_VD: (V, D).
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
-    deterministic: a token's gradient, too, has the same bits in any batch (on a GPU; its log-prob has them always).
+    deterministic: a token has the same bits in any batch: its log-prob, and on a GPU, where the log-prob has them
+        always, its gradient too.
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
         rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
         bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
@@ -246,8 +250,9 @@ def token_logprob(
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature)
-    logprobs, entropy = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], temperature)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic)
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic
+    logprobs, entropy = TiledTokenLogprob.apply(*given)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
 

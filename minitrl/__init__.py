@@ -7,11 +7,12 @@ Reading order, each file whole and from the top:
  3. losses.py        the objectives as formulas on packed tensors; kernels/grpo_loss.py holds GRPO's own
  4. packing.py       sequences on one axis without padding; a prompt stands once before its completions
  5. model.py         one decoder for Llama, Mistral, Qwen2 and Qwen3
- 6. rollout.py       the generation engine: paged KV cache, continuous batching, sampling
+ 6. rollout.py       the generation engine: paged KV cache, continuous batching; sampling.py: from logits to a token
  7. training.py      optimizer with fp32 master weights, schedules; runs.py: the output folder, Ctrl-C; console.py
  8. distributed.py   processes, and the few sums that they share
  9. checkpoint.py    Hugging Face folders in and out, exact resume; tokenizer.py, data.py, rewards.py, config.py
 10. kernels/         the operations that PyTorch alone does wastefully, each with its plain reference
+sft.py fine-tunes on demonstrations; training.py has the loop that it shares with others that sample nothing.
 toy.py is the model, the tokenizer and the task that `python -m minitrl.grpo` trains when it is given none.
 
 From Python: minitrl.load, minitrl.save, minitrl.Engine, minitrl.losses and minitrl.packing. They are imported when

@@ -14,6 +14,7 @@ and a resumed run, or one with another number of ranks, reads the same rows in t
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -218,14 +219,14 @@ def _write(pairs, arrays, flush: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _write_files(pairs, folder: Path) -> None:
-    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes."""
+def _write_files(pairs, folder: Path, at_least: int = 2**20) -> None:
+    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes; so many tokens at once."""
     arrays = array("i"), bytearray(), array("q"), array("q")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / name, "wb")) for name in FLAT]
 
-        def flush(at_least: int = 2**20) -> None:
-            if len(arrays[0]) >= at_least:
+        def flush(least: int = at_least) -> None:
+            if len(arrays[0]) >= least:
                 for file, part in zip(files, arrays):
                     file.write(part)
                     del part[:]
@@ -336,9 +337,13 @@ def order(n: int, start: int, count: int, seed: int) -> list[int]:
         raise ValueError(f"order needs n >= 1, the rest >= 0, not n={n}, start={start}, count={count}, seed={seed}")
     rows = []
     for epoch in range(start // n, -(-(start + count) // n)):
-        permutation = numpy.random.default_rng((seed, epoch)).permutation(n)
-        rows += permutation[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
+        rows += _permutation(n, seed, epoch)[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
     return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> numpy.ndarray:
+    return numpy.random.default_rng((seed, epoch)).permutation(n)
 
 
 def seed_of(seed: int, place: int) -> int:

@@ -15,7 +15,9 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Sampling, context_length
+from .rollout import Engine, context_length
+from .rollout_client import RemoteEngine
+from .sampling import Sampling
 from .training import NotFinite
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
@@ -41,6 +43,8 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
+    rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
 
     def __post_init__(self):
@@ -49,7 +53,8 @@ class RolloutOptions(CommonOptions):
             self.must(getattr(self, name) >= 1, name, "at least 1")
         self.must(self.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)  # checks its own
-        self.must(0 < self.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
+        for name in ("reward_timeout", "rollout_timeout"):
+            self.must(0 < getattr(self, name) <= 1e6, name, "above 0 and at most 1e6 seconds")
         cache = self.max_completion_length if self.overlong_cache is None else self.overlong_cache
         self.must(0 < cache <= self.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
         longest = self.max_prompt_length + self.max_completion_length
@@ -151,8 +156,8 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group", estimator: str 
         TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added).
     rloo: reward minus the mean of the group's n - 1 others, which is n / (n - 1) times reward minus the group's mean
         (arXiv 2402.14740; TRL: RLOOTrainer).
-    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, where every token counts (lengths_PG),
-        not every completion (arXiv 2501.03262).
+    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, of tokens and not of completions
+        (lengths_PG; arXiv 2501.03262).
 
     Samples without a reward (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal, or
     for reinforce_plus_plus such a batch, gets exactly 0, where rounding would leave 1e-8 / 1e-4.
@@ -187,6 +192,13 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     highest = rewards_PG.nan_to_num(nan=-torch.inf).amax(1)
     lowest = rewards_PG.nan_to_num(nan=torch.inf).amin(1)
     return highest > lowest
+
+
+def engine_of(config: RolloutOptions, policy, tokenizer, world: World):
+    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
+    if config.rollout_server:
+        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
+    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
 
 
 def load(config: RolloutOptions, functions, eval_functions, run):
@@ -288,7 +300,7 @@ def generate_and_score(
     repeated = [row for row in mine for _ in range(G)]
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
-        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
+        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling)
         completions = [completion for group in groups for completion in group]
         rewards_NF = rewards.score(
             functions,
@@ -324,29 +336,30 @@ def generate_and_score(
 
 
 @torch.no_grad()
-def measure(compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
-    """`count` tensors (R,) float32 about the planned completions' tokens, the same on every rank; 0 for the others.
+def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
+    """`count` tensors (R,) about the planned completions' tokens, the same on every rank; 0 for the others.
 
-    compute(pack, completion_T) gives them for a micro-batch, as (T,).
+    compute(pack, completion_T) gives them for a micro-batch, as (T,). float32, or float64 where the model is.
     """
-    found = torch.zeros(count, len(rollouts.tokens_R))
+    dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+    found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
-        found[:, index_C] = torch.stack([values_T[scored_T].float().cpu() for values_T in compute(pack, scored_T)])
+        found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
     sum_([found], world)
     return list(found)
 
 
 def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> list[Tensor]:
     """[logprobs_R, entropy_R] of the planned completions under `model`; see `measure`."""
-    return measure(lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
+    return measure(model, lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
 
 
-def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor) -> dict[str, Tensor]:
+def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor, like_T: Tensor) -> dict[str, Tensor]:
     """Of each tensor (R,) what belongs to a micro-batch's completion tokens (`Rollouts.pack`), as (T,), 0 elsewhere."""
-    zeros_T = torch.zeros(len(mask_T), device=mask_T.device)
-    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(mask_T.device)) for name, x_R in values_R.items()}
+    zeros_T = torch.zeros_like(like_T, requires_grad=False)
+    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(like_T)) for name, x_R in values_R.items()}
 
 
 def with_advantages(rollouts: Rollouts, scale_rewards: str, estimator: str = "grpo") -> Rollouts:

@@ -28,7 +28,6 @@ from torch import Tensor
 from . import distributed, experience, lora, losses, rewards, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
-from .rollout import Engine
 
 # Options of the loss that go to losses.grpo_loss as they are.
 LOSS_OPTIONS = (
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
-    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
+    engine = experience.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
@@ -207,8 +206,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
-        given_T = experience.spread(per_token_R, index_C, mask_T)
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(per_token_R, index_C, mask_T, like_T=logprobs_T)
         loss, shares = losses.grpo_loss(
             logprobs_T,
             logprobs_T.detach() if on_policy else given_T["old"],
@@ -276,13 +275,13 @@ def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
     must = config.must
     must(config.num_iterations >= 1, "num_iterations", "at least 1")
-    whole_batch = config.advantage_estimator == "reinforce_plus_plus"  # it compares with all completions of the step
-    enough = config.num_generations >= (1 if whole_batch else 2)
-    must(enough, "num_generations", "at least 2, since completions of a group are compared")
-    scaled = config.advantage_estimator == "grpo" or config.scale_rewards == "group"
-    own = f"left out with --advantage_estimator {config.advantage_estimator}, which has its own"
-    must(scaled, "scale_rewards", own)
-    must(not (whole_batch and config.dynamic_sampling), "dynamic_sampling", own.replace("its own", "no groups"))
+    estimator = config.advantage_estimator
+    grouped = estimator != "reinforce_plus_plus"  # which compares with all completions of the step
+    enough = "at least 2, since completions of a group are compared" if grouped else "at least 1"
+    must(config.num_generations >= 1 + grouped, "num_generations", enough)
+    left_out = f"left out with --advantage_estimator {estimator}"
+    must(estimator == "grpo" or config.scale_rewards == "group", "scale_rewards", f"{left_out}, which has its own")
+    must(grouped or not config.dynamic_sampling, "dynamic_sampling", f"{left_out}, which compares no groups")
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")

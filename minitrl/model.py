@@ -211,10 +211,10 @@ class Linear(nn.Linear):
 
     def __init__(self, *sizes: int, bias: bool):
         super().__init__(*sizes, bias=bias)
-        self.adapter = None
+        self.adapter, self.deterministic = None, False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, self.on_top(x, residual))
+        return linear(x, self.weight, self.bias, self.on_top(x, residual), self.deterministic)
 
     def on_top(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """What is added to the product: the residual, and what the adapter makes of x."""
@@ -253,10 +253,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.deterministic = nn.Parameter(torch.ones(size)), eps, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or self.deterministic):
             return Normalise.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -295,7 +295,7 @@ class Block(nn.Module):
         q, k = rotate(qk, cos, sin).split(heads, dim=1)
         x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
         y, up = self.post_attention_layernorm(x), self.gate_up_proj
-        return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y)), x)
+        return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y), up.deterministic), x)
 
 
 class Model(nn.Module):
@@ -304,6 +304,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.deterministic = False  # `make_deterministic` sets it
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
         self.adapters = None  # what lora.py's adapters have in common, where there are any
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -320,6 +321,16 @@ class Model(nn.Module):
         """(V, D), the embedding's own where the checkpoint ties them."""
         assert self.score is None, "a model with a scalar head predicts no tokens"
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def make_deterministic(self) -> None:
+        """From now on a token's numbers are the same to the bit whatever is computed beside it, and however.
+
+        Raises ValueError for adapters, whose products are not made for it.
+        """
+        if self.adapters is not None:
+            raise ValueError("deterministic: a model with LoRA adapters has no such mode; merge them, or train all of it")
+        for module in self.modules():
+            module.deterministic = True
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
         """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k and v (N, K, E)) -> (N, H, E)."""
@@ -340,8 +351,9 @@ class Model(nn.Module):
             self.adapters.prepare(pack)
 
         def attend(layer, q, k, v):
-            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes, "window": self.config.windows[layer]}
-            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout)
+            options = {"window": self.config.windows[layer], "deterministic": self.deterministic}
+            layout = {"lengths": pack.lengths, "prefixes": pack.prefixes}
+            return attention(q, k, v, pack.cu_seqlens, pack.prefixes_B, **layout, **options)
 
         return self.hidden(pack.tokens_T, pack.positions_T, attend)
 
@@ -352,16 +364,9 @@ class Model(nn.Module):
         """
         scored = scored_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
-        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], temperature=temperature)
+        options = {"temperature": temperature, "deterministic": self.deterministic}
+        scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], **options)
         return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
-
-    def values(self, pack: Pack) -> Tensor:
-        """(T,) float32, what the scalar head says at each token: a reward model's score at the last, a critic's at all.
-
-        transformers' XForSequenceClassification has the same number as its logit.
-        """
-        assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
-        return (self.forward(pack).float() @ self.score.weight.float().T)[:, 0]
 
     def logprob_sum(self, pack: Pack, weights_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(sum of weights_T times log-prob, and detached (T,): log-prob, entropy, whether the token is the likeliest).
@@ -374,10 +379,19 @@ class Model(nn.Module):
         total, *found = token_logprob_sum(hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored])
         return total, *(x.new_zeros(len(weights_T)).index_copy(0, scored, x) for x in found)
 
+    def values(self, pack: Pack) -> Tensor:
+        """(T,) float32, what the scalar head says at each token: a reward model's score at the last, a critic's at all.
+
+        transformers' XForSequenceClassification has the same number as its logit.
+        """
+        assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
+        wide = torch.promote_types(self.score.weight.dtype, torch.float32)
+        return (self.forward(pack).to(wide) @ self.score.weight.to(wide).T)[:, 0]
+
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
-        return list(logits(self.forward(packed), self.head_weight).split(packed.lengths))
+        return list(logits(self.forward(packed), self.head_weight, self.deterministic).split(packed.lengths))
 
 
 @torch.no_grad()

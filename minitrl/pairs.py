@@ -30,6 +30,7 @@ class PairOptions(CommonOptions):
     """The options of data that are preferences. Names and defaults are TRL 1.16's where it has the option."""
 
     examples_per_step: int = 8  # pairs in one optimizer step, over all processes
+    lora_dropout: float = 0.0  # share of adapters' inputs that training sets to 0 (TRL: off by disable_dropout)
     max_length: int = 1024  # tokens of a prompt and either answer; pairs that have more are left out, and counted
 
     def __post_init__(self):

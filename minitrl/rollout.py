@@ -1,34 +1,39 @@
 """The generation engine: many completions at once from a paged key/value cache.
 
-A prompt is *prefilled* once, several prompts packed into one pass, and its last token's hidden state is kept. Each of
-its n completions then enters the batch when there is room: it shares the prompt's full pages (they are reference-
-counted), gets a copy of the last, partly filled one, and draws its first token from the kept state. A *decoding step*
-feeds the newest token of every running completion, writes its key and value into the page it has come to, and draws the
-next. Whoever ends leaves the batch and gives its pages back, and waiting completions enter before the next step, so the
-batch stays full whatever the lengths are.
+`Engine.submit` queues a request, a prompt and its n completions; each `Engine.step` schedules, runs the model once, and
+draws. A step feeds the newest token of every completion that is decoding, and chunks of the prompts that are not
+computed yet, up to a budget, so that a long prompt does not hold the others up. Whoever ends leaves and gives its pages
+back, and waiting completions enter at the next step. A prompt is computed once: its other completions fork off the
+first, sharing its full pages (they are reference-counted) with a copy of the last, partly filled one.
 
     prompt, 21 tokens, pages of 16:     [ page 4: 16 tokens ] [ page 9: 5 tokens ]
-    completion 0                          page 4 (shared)       page 7: a copy of 9, its own from there   page 12 ...
-    completion 1, the group's last        page 4 (shared)       page 9 itself                             page 13 ...
+    completion 0                          page 4 (shared)       page 9                                    page 13 ...
+    completion 1                          page 4 (shared)       page 7: a copy of 9, its own from there   page 12 ...
+
+A full page is known by its ids and those before it, and stays after its completion until the room is needed: whatever
+begins with the same ids shares it. Pages are taken when a token needs one. When there is none, the longest unused one
+is forgotten; when all are used, the newest completion leaves, and comes back later: its own ids are then a longer
+prompt. So memory is bounded, and what is asked for alone has to fit.
 
 What a completion draws depends on the logits and on (seed, its index in the group) alone, never on what else is in the
-batch. Ids are what was sampled, never encoded again. Parameters are read in place: a weight update needs no call.
+batch. Ids are what was sampled, never encoded again. Parameters are read in place: for `generate` a weight update needs
+no call; between two steps, say `weights_changed`.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.attention import attention
-from .kernels.decode import decode, make_layout
+from .kernels.decode import decode, extend, make_chunks, make_layout
 from .kernels.linear import logits, packed_weights
-from .packing import pack
+from .kernels.token_logprob import token_logprob
+from .sampling import Sampling, check, is_, sample
 
 
 @dataclass(frozen=True)
@@ -38,148 +43,15 @@ class Completion:
     ids: list[int]
     logprobs: list[float]  # of each id, under the distribution that it was drawn from
     text: str  # special tokens left out, cut before the stop string
-    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What is done to the logits before a token is drawn, in this order: penalty, temperature, top_k, top_p, min_p."""
-
-    temperature: float = 1.0  # 0 = greedy: nothing is cut, and log-probs are those at temperature 1
-    top_p: float = 1.0  # keep the fewest likeliest tokens whose mass reaches top_p
-    top_k: int = 0  # keep the k likeliest; 0 or -1 = all
-    min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest
-    repetition_penalty: float = 1.0  # divides positive logits of tokens seen, in the prompt or since; multiplies others
-
-    def __post_init__(self):
-        t, penalty = self.temperature, self.repetition_penalty
-        # A temperature below 1e-4 is greedy in all but name, and dividing by it could leave float32's range.
-        good = _is(Real, t) and (t == 0 or 1e-4 <= t < math.inf)
-        _check(good, "temperature", t, "0 (greedy) or at least 0.0001")
-        _check(_is(Real, self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 = off)")
-        _check(_is(Integral, self.top_k) and self.top_k >= -1, "top_k", self.top_k, "a positive integer, or 0 (off)")
-        _check(_is(Real, self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        good = _is(Real, penalty) and 0 < penalty < math.inf
-        _check(good, "repetition_penalty", penalty, "positive (1 = off)")
-
-    @property
-    def cuts(self) -> bool:
-        """Whether some tokens' probability is made zero."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
-
-
-def _is(kind, value) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check(good: bool, option: str, value, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{option} must be {wanted}; got {value!r}")
-
-
-def processed_logits(logits_BV: Tensor, samplings: list[Sampling], histories=None) -> Tensor:
-    """(B, V) float32 logits of the distribution sampled from: row b as `samplings[b]` asks, -inf where a token is cut.
-
-    Each row is shifted so that its largest is 0, which no probability notices and no temperature can overflow.
-    histories: per row the ids that repetition_penalty speaks of; read only where a penalty is on.
-    """
-    x_BV = logits_BV.float()
-    if any(s.repetition_penalty != 1 for s in samplings):
-        x_BV = _penalise(x_BV, histories, _column([s.repetition_penalty for s in samplings], x_BV))
-    x_BV = x_BV - x_BV.amax(-1, keepdim=True)
-    if any(s.temperature not in (0, 1) for s in samplings):
-        x_BV /= _column([s.temperature or 1.0 for s in samplings], x_BV)
-    return _cut(x_BV, samplings) if any(s.cuts for s in samplings) else x_BV
-
-
-def _column(values: list, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _penalise(x_BV: Tensor, histories: list[list[int]], penalties: Tensor) -> Tensor:
-    """CTRL's repetition penalty (arXiv 1909.05858): a token seen gets less likely, once however often it was seen."""
-    longest = max(map(len, histories))
-    seen = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids in histories], device=x_BV.device)
-    logits = x_BV.gather(1, seen)
-    return x_BV.scatter(1, seen, torch.where(logits < 0, logits * penalties, logits / penalties))
-
-
-def _cut(x_BV: Tensor, samplings: list[Sampling]) -> Tensor:
-    """top_k, then top_p of what is left, then min_p. All are thresholds: tokens that tie are kept or cut together."""
-    vocabulary = x_BV.shape[1]
-    top_ks = [min(s.top_k, vocabulary) if s.cuts and s.top_k > 0 else vocabulary for s in samplings]
-    if min(top_ks) < vocabulary:
-        most = max(k for k in top_ks if k < vocabulary)
-        largest = F.pad(x_BV.topk(most).values, (0, 1), value=-math.inf)  # the last column is for rows without top_k
-        columns = torch.tensor([min(k, most + 1) - 1 for k in top_ks], device=x_BV.device)[:, None]
-        x_BV = x_BV.masked_fill(x_BV < largest.gather(1, columns), -math.inf)
-    top_ps = _column([s.top_p if s.cuts else 1.0 for s in samplings], x_BV).double()
-    if (top_ps < 1).any():
-        x_BV = x_BV.masked_fill(x_BV < _nucleus_threshold(x_BV, top_ps), -math.inf)
-    min_ps = _column([s.min_p if s.cuts else 0.0 for s in samplings], x_BV)
-    return x_BV.masked_fill(x_BV < min_ps.log(), -math.inf)  # the likeliest token's logit is 0
-
-
-def _nucleus_threshold(x_BV: Tensor, top_ps: Tensor) -> Tensor:
-    """(B, 1) the least likely logit of the nucleus (arXiv 1904.09751); -inf where top_p is 1.
-
-    Sorting a vocabulary takes longer than a small model's layers, and the nucleus is nearly always in the first 1024.
-    """
-    mass = x_BV.exp().sum(-1, keepdim=True, dtype=torch.float64) * top_ps
-    for width in (min(1024, x_BV.shape[1]), x_BV.shape[1]):
-        largest = x_BV.topk(width).values
-        likelihoods = largest.double().exp()
-        reached = likelihoods.cumsum(-1)
-        if ((reached[:, -1:] >= mass) | (top_ps == 1)).all():
-            break
-    size = (reached - likelihoods < mass).sum(-1, keepdim=True)  # in: a token before which top_p is not yet reached
-    return largest.gather(1, size - 1).masked_fill(top_ps == 1, -math.inf)
-
-
-def draw(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution: (B,) ids, and the (B,) float64 sums of the weights, which may be any.
-
-    Summed in blocks first, so that only one block of each row is cumulated, and that in float64: a float32 sum over a
-    vocabulary would lose its rare tokens. Taken is the first sum above u * total or, should rounding put that beyond
-    the end, the first that reaches the last: either way one that rises, so no token of weight zero is ever drawn.
-    """
-    block = 256
-    rows = torch.arange(len(weights_BV), device=weights_BV.device)
-    blocks = F.pad(weights_BV, (0, -weights_BV.shape[1] % block)).view(len(rows), -1, block)
-    sums = blocks.sum(-1).double().cumsum(-1)
-    targets = (sums[:, -1] * uniforms_B)[:, None]
-    chosen = _first_above(sums, targets)
-    before = torch.where(chosen > 0, sums.gather(1, (chosen - 1).clamp(min=0)), 0.0)
-    within = blocks[rows, chosen[:, 0]].double().cumsum(-1)
-    ids = chosen * block + _first_above(within, targets - before)
-    return ids[:, 0].clamp(max=weights_BV.shape[1] - 1), sums[:, -1]  # only NaNs lead beyond the end
-
-
-def _first_above(sums: Tensor, targets: Tensor) -> Tensor:
-    """(B, 1) index of the first of each row's rising sums above its target, or of the first that reaches the last."""
-    last = sums[:, -1:]
-    below_last = torch.nextafter(last, torch.zeros_like(last))
-    return torch.searchsorted(sums, torch.minimum(targets, below_last), right=True).clamp(max=sums.shape[1] - 1)
-
-
-def sample(logits_BV: Tensor, uniforms_B: Tensor, samplings, histories=None) -> tuple[Tensor, Tensor]:
-    """Draw one token per row: (B,) ids and (B,) float32 log-probs under the processed distribution.
-
-    uniforms_B: float64 in [0, 1), one per row, on the logits' device. For the rest see `processed_logits`.
-    """
-    x_BV = processed_logits(logits_BV, samplings, histories)
-    ids_B, totals_B = draw(x_BV.exp(), uniforms_B)
-    if any(s.temperature == 0 for s in samplings):
-        greedy_B = torch.tensor([s.temperature == 0 for s in samplings], device=ids_B.device)
-        ids_B = torch.where(greedy_B, x_BV.argmax(-1), ids_B)
-    return ids_B, (x_BV.gather(1, ids_B[:, None])[:, 0] - totals_B.log()).float()
+    finish_reason: str  # "stop": an end token or a stop string; "length": max_tokens; "abort"
+    versions: tuple[tuple[int, int, int], ...] = ()  # (weight version, first token, last + 1), in order
 
 
 class PagePool:
     """Pages of keys and values, reference-counted; the memory behind them grows to what is in use, up to `max_pages`.
 
-    A completion is admitted only when its longest possible form fits: `promised` counts the pages that running ones may
-    still take, so nobody is ever stopped halfway for want of memory.
+    A full page may have a name, (the name's number of the page before it, its ids), by which `find` finds it. With a
+    name it outlives its last reference, until its room is needed: the one that is out of use the longest goes first.
     """
 
     def __init__(self, config, page_size: int, max_pages: int | None, like: Tensor):
@@ -187,12 +59,23 @@ class PagePool:
         self.layers = config.num_hidden_layers
         self.shape = (config.num_key_value_heads, page_size, config.head_dim)
         self.like = like  # a parameter: pages have its dtype and device
+        self.named = 0  # names given so far; a number is never used again
         self.clear()
 
     def clear(self) -> None:
         """Forget every page and give the memory back."""
-        self.references, self.free, self.promised = [], [], 0
-        self._hold(self.like.new_zeros(2, self.layers, 0, *self.shape))
+        self.references, self.free = [], []
+        self.names, self.found, self.unused = {}, {}, {}  # page -> name; name -> (page, number); pages, oldest first
+        self._hold(self._zeros(0))
+
+    def _zeros(self, pages: int) -> Tensor:
+        """Zeros, since slots beyond a sequence's length are read and masked, and a NaN would get through the mask."""
+        shape = 2, self.layers, pages, *self.shape
+        if self.like.device.type != "cpu" or not pages:
+            return self.like.new_zeros(shape)
+        # NumPy's take no memory before they are written to: growing never holds more than the pages in use twice.
+        memory = np.zeros(math.prod(shape) * self.like.itemsize, np.uint8)
+        return torch.from_numpy(memory).view(self.like.dtype).view(shape)
 
     def _hold(self, pages: Tensor) -> None:
         self.pages = pages  # (2, layers, pages, K, page_size, E): a head's tokens of one page lie side by side
@@ -200,41 +83,78 @@ class PagePool:
 
     @property
     def in_use(self) -> int:
-        return len(self.references) - len(self.free)
+        return len(self.references) - len(self.free) - len(self.unused)
 
-    def fits(self, count: int) -> bool:
-        """Whether `count` more pages can be had beyond those in use and promised."""
-        return self.in_use + self.promised + count <= self.max_pages
+    @property
+    def available(self) -> float:
+        """How many pages can be taken."""
+        return self.max_pages - self.in_use
 
     def take(self, count: int) -> list[int]:
         """`count` pages of one reference each."""
-        missing = count - len(self.free)
-        if missing > 0:
-            old = len(self.references)
-            new = min(max(old + missing, 2 * old, 64), self.max_pages)  # doubling: each page is moved about once
-            assert new >= old + missing, f"{self.in_use} of {self.max_pages} pages in use: admission let too many in"
-            # Zeros, since slots beyond a sequence's length are read and masked, and a NaN would get through the mask.
-            pages = self.like.new_zeros(2, self.layers, new, *self.shape)
-            pages[:, :, :old] = self.pages
-            self._hold(pages)
-            self.references += [0] * (new - old)
-            self.free += range(new - 1, old - 1, -1)
+        assert count <= self.available, f"{count} pages are not to be had, {self.in_use} of {self.max_pages} are in use"
+        if self.max_pages < math.inf:  # within a bound nothing is forgotten before that is reached
+            self._grow(min(len(self.references) + count - len(self.free), self.max_pages))
+        while len(self.free) < count and self.unused:
+            self._forget(next(iter(self.unused)))
+        self._grow(len(self.references) + count - len(self.free))
         taken = [self.free.pop() for _ in range(count)]
         for page in taken:
             self.references[page] = 1
         return taken
 
+    def _grow(self, needed: int) -> None:
+        old = len(self.references)
+        if needed > old:
+            new = min(max(needed, 2 * old, 64), self.max_pages)  # doubling: each page is moved about once
+            pages = self._zeros(new)
+            pages[:, :, :old] = self.pages
+            self._hold(pages)
+            self.references += [0] * (new - old)
+            self.free += range(new - 1, old - 1, -1)
+
     def share(self, pages: list[int]) -> None:
         for page in pages:
             self.references[page] += 1
+            self.unused.pop(page, None)
 
     def release(self, pages: list[int]) -> None:
-        """Give up one reference to each page; a page without references is free."""
-        for page in pages:
+        """Give up one reference to each page; a page without references is free, or if it has a name out of use."""
+        for page in reversed(pages):  # the end of a sequence is forgotten before its beginning
             self.references[page] -= 1
             assert self.references[page] >= 0, f"page {page} was released twice"
             if self.references[page] == 0:
-                self.free.append(page)
+                if page in self.names:
+                    self.unused[page] = None
+                else:
+                    self.free.append(page)
+
+    def name(self, page: int, before: int, ids: tuple[int, ...]) -> int:
+        """Make a full page known; the number by which the next page's name refers to it."""
+        if (before, ids) not in self.found:  # two may have computed the same at the same time
+            self.named += 1
+            self.found[before, ids], self.names[page] = (page, self.named), (before, ids)
+        return self.found[before, ids][1]
+
+    def find(self, ids: list[int]) -> tuple[list[int], int]:
+        """The known pages that a sequence begins with, one reference to each taken, and the last one's number."""
+        pages, before, size = [], 0, self.page_size
+        for end in range(size, len(ids) + 1, size):
+            if (found := self.found.get((before, tuple(ids[end - size : end])))) is None:
+                break
+            page, before = found
+            pages.append(page)
+        self.share(pages)
+        return pages, before
+
+    def _forget(self, page: int) -> None:
+        del self.found[self.names.pop(page)], self.unused[page]
+        self.free.append(page)
+
+    def forget(self) -> None:
+        """Take all names away: the weights are others, or what was to be computed was not."""
+        self.free += self.unused
+        self.names, self.found, self.unused = {}, {}, {}
 
     def slots(self, pages: np.ndarray, positions: np.ndarray) -> Tensor:
         """(N * K,) where `write` puts N tokens: token i goes to page pages[i], at its position in the sequence."""
@@ -252,63 +172,96 @@ class PagePool:
         self.pages[:, :, targets] = self.pages[:, :, sources]
 
 
-@dataclass
-class _Group:
-    """A prompt, what is asked of its completions, and, once prefilled, its pages and its last token's hidden state."""
+@dataclass(eq=False)
+class Request:
+    """A prompt and what is asked of its n completions; `Engine.submit` makes it."""
 
     prompt: list[int]
     n: int
-    seed: int
     max_tokens: int
+    min_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
+    seed: int
     end_ids: frozenset[int]
-    entered: int = 0  # completions that have entered the batch so far
-    pages: list[int] | None = None
-    hidden: Tensor | None = None  # (D,)
-    results: dict[int, Completion] = field(default_factory=dict)
+    on_token: Callable[[int, int, float, str | None], None] | None  # (index, id, logprob, finish_reason or None)
+    results: list[Completion | None] = field(default_factory=list)  # n, those that have ended filled in
+    sequences: list["_Sequence"] = field(default_factory=list)
+    leader: "_Sequence | None" = None  # the completion that computes the prompt, where others wait for it
+
+    @property
+    def finished(self) -> bool:
+        """Whether all completions have ended; an aborted request's have, too."""
+        return None not in self.results
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
-    """A running completion. Its newest token is not in the cache yet: the next step feeds it."""
+    """A completion. Running, it has a row, and `cached` < tokens: what is missing is fed before the next is drawn."""
 
-    group: _Group
+    request: Request
     index: int
-    row: int  # of the page table
-    pages: list[int]
-    promised: int  # pages it may still take
-    uniforms: np.ndarray  # (max_tokens,) float64
+    row: int | None = None  # of the page table
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are in the cache
+    known: int | None = 0  # the number of its last full page's name; None: its pages get no names
+    followers: list["_Sequence"] = field(default_factory=list)  # they have a row, and fork off when the prompt is done
+    random: np.random.Generator | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
     text: str = ""  # kept only where there are stop strings to look for
     decoded: tuple[int, int] = (0, 0)  # ids before the second are in `text`; those from the first on are its context
 
     @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are in the cache."""
-        return len(self.group.prompt) + len(self.ids) - 1
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.request.prompt + self.ids
 
 
 class Engine:
-    """Samples completions from a model.
+    """Samples completions from a model. One thread uses it; `submit`, `abort` and `weights_changed` go between steps.
 
-    max_batch: completions decoded together.  page_size: tokens a page.  max_pages: the cache's bound, by default none;
-    a page takes 2 * layers * K * page_size * E numbers of the weights' dtype.  prefill_tokens: prompts prefilled
-    together hold at most so many tokens (a longer one goes alone).
+    max_batch: completions decoded together.  page_size: tokens a page.
+    max_pages, or cache_gib: the cache's bound, by default none; a page takes 2 * layers * K * page_size * E numbers of
+    the weights' dtype.
+    prefill_tokens: so many tokens of prompts are computed in a step at most.
+    deterministic: log-probs are those that the model's own `logprobs` gives, to the bit, in whatever company a token is
+    sampled; the model is in that mode from here on. (Where top_k, top_p, min_p, repetition_penalty or min_tokens change
+    the distribution they are, as always, of what was sampled from.)
     """
 
-    def __init__(self, model, tokenizer, *, max_batch=64, page_size=16, max_pages=None, prefill_tokens=4096):
+    def __init__(
+        self, model, tokenizer, *, max_batch=64, page_size=16, max_pages=None, cache_gib=None, prefill_tokens=4096,
+        deterministic=False,
+    ):  # fmt: skip
+        if deterministic:
+            model.make_deterministic()
+        like = model.head_weight.detach()
+        if cache_gib is not None:
+            config = model.config
+            check(max_pages is None, "cache_gib", cache_gib, "left out where max_pages is given")
+            check(is_(Real, cache_gib) and 0 < cache_gib < math.inf, "cache_gib", cache_gib, "positive")
+            token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * like.itemsize
+            max_pages = int(cache_gib * 2**30 / (token * page_size))
+            check(max_pages > 0, "cache_gib", cache_gib, f"at least {token * page_size / 2**30:.3g}, one page")
         sizes = {"max_batch": max_batch, "page_size": page_size, "prefill_tokens": prefill_tokens}
         for option, value in (sizes if max_pages is None else sizes | {"max_pages": max_pages}).items():
-            _check(_is(Integral, value) and value > 0, option, value, "a positive integer")
-        self.model, self.tokenizer = model, tokenizer
-        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
-        self.pool = PagePool(model.config, page_size, max_pages, like=model.head_weight.detach())
+            check(is_(Integral, value) and value > 0, option, value, "a positive integer")
+        self.model, self.tokenizer, self.version = model, tokenizer, 0
+        self.prefill_tokens = prefill_tokens
+        self.pool = PagePool(model.config, page_size, max_pages, like)
+        self.waiting, self.running = deque(), []  # first come, first served; the oldest first
+        self.free_rows = list(range(max_batch))
+        self.page_table = np.zeros((max_batch, self._pages(context_length(model.config))), np.int64)
+        self.packed = {}  # weights as the processor likes them
 
     def generate(
         self, prompts, n=1, max_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
-        stop=(), seed=0, ignore_eos=False,
+        stop=(), seed=0, ignore_eos=False, min_tokens=0,
     ) -> list[list[Completion]]:  # fmt: skip
         """Sample n completions of each prompt; returns them per prompt.
 
@@ -316,62 +269,117 @@ class Engine:
         its text without special tokens.  ignore_eos: the model's end tokens do not end a completion.
         seed: an int, or one per prompt. Completion g of a prompt with seed s draws with the random numbers of (s, g),
         so it does not depend on how prompts are divided over calls or processes.
+        min_tokens: so many tokens are no end tokens, and stop strings within them end nothing.
         Raises ValueError for what cannot be sampled: an option out of range, an empty prompt, an id outside of the
         vocabulary, prompt and max_tokens beyond the model's positions or the cache's pages.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-        groups = self._groups(prompts, n, max_tokens, sampling, stop, seed, ignore_eos)
-        waiting, running = deque(groups), []
-        widest = max((self._pages(len(g.prompt) + max_tokens) for g in groups), default=0)
-        self.free_rows, self.page_table = list(range(self.max_batch)), np.zeros((self.max_batch, widest), np.int64)
-        try:
-            with torch.inference_mode(), packed_weights():  # no weight changes while it generates
-                while waiting or running:
-                    if entering := self._admit(waiting):
-                        running += self._draw(entering, torch.stack([s.group.hidden for s in entering]))
-                    else:  # the batch is as full as it gets
-                        running = self._draw(running, self._decode(running))
-            assert self.pool.in_use == self.pool.promised == 0, f"{self.pool.in_use} pages leaked"
-        finally:
-            self.pool.clear()
-        return [[group.results[g] for g in range(n)] for group in groups]
-
-    def _groups(self, prompts, n, max_tokens, sampling, stop, seed, ignore_eos) -> list[_Group]:
-        """Check everything that can be known before computing."""
-        _check(isinstance(prompts, (list, tuple)), "prompts", prompts, "a list of prompts")
-        _check(_is(Integral, n) and n > 0, "n", n, "a positive integer")
-        _check(_is(Integral, max_tokens) and max_tokens > 0, "max_tokens", max_tokens, "a positive integer")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "strings that are not empty")
+        check(isinstance(prompts, (list, tuple)), "prompts", prompts, "a list of prompts")
         seeds = [seed] * len(prompts) if isinstance(seed, Real) else list(seed)
-        _check(len(seeds) == len(prompts), "seed", seed, f"an integer, or one for each of the {len(prompts)} prompts")
-        _check(all(_is(Integral, s) and s >= 0 for s in seeds), "seed", seed, "an integer that is not negative")
-        end_ids = frozenset() if ignore_eos else frozenset(self.tokenizer.end_ids)
-        groups = []
-        for p, prompt in enumerate(prompts):
-            ids = self._prompt_ids(p, prompt)
-            self._check_room(p, len(ids), n, max_tokens)
-            groups.append(_Group(ids, n, int(seeds[p]), max_tokens, sampling, stop, end_ids))
-        return groups
+        check(len(seeds) == len(prompts), "seed", seed, f"an integer, or one for each of the {len(prompts)} prompts")
+        asked = n, max_tokens, min_tokens, sampling, stop
+        requests = [
+            self._request(f"prompt {p}", prompt, *asked, seeds[p], ignore_eos, None) for p, prompt in enumerate(prompts)
+        ]
+        try:
+            for request in requests:
+                self._enqueue(request)
+            open_requests = set(requests)
+            while open_requests:
+                open_requests.difference_update(self.step())
+        finally:
+            for request in requests:
+                self.abort(request)  # what is finished stays as it is
+            self.weights_changed(self.version)  # they may, from here on
+            if self.idle:
+                assert self.pool.in_use == 0, f"{self.pool.in_use} pages leaked"
+                self.pool.clear()
+        return [request.results for request in requests]
 
-    def _prompt_ids(self, p: int, prompt) -> list[int]:
-        tokens = isinstance(prompt, (list, tuple)) and all(_is(Integral, i) for i in prompt)
+    def submit(
+        self, prompt, *, n=1, max_tokens=256, min_tokens=0, sampling=Sampling(), stop=(), seed=0, ignore_eos=False,
+        on_token=None,
+    ) -> Request:  # fmt: skip
+        """Queue n completions of one prompt; `step` works on them. For arguments and errors see `generate`.
+
+        on_token(index, id, logprob, finish_reason or None) is called for every token as it is drawn. It may abort
+        requests; what it raises ends the step.
+        """
+        asked = n, max_tokens, min_tokens, sampling, stop
+        return self._enqueue(self._request("the prompt", prompt, *asked, seed, ignore_eos, on_token))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is waiting or running."""
+        return not self.waiting and not self.running
+
+    def step(self) -> list[Request]:
+        """One pass of the model, and a token for every completion that is due one. Returns the requests it finished.
+
+        Raises FloatingPointError for logits that are not finite; abort the requests then, as after any error.
+        """
+        try:
+            with torch.inference_mode(), packed_weights(self.packed):
+                feeding = self._schedule()
+                hidden_ND = self._forward(feeding) if feeding else None
+                return self._draw(*self._fork(feeding, hidden_ND)) if feeding else []
+        except BaseException:
+            self.pool.forget()  # pages were named that may not have been filled
+            raise
+
+    def abort(self, request: Request) -> None:
+        """Give a request's rows and pages back at once. Its unfinished completions end here, as "abort"."""
+        for s in request.sequences:
+            if s.row is not None:
+                self._leave(s)
+            if request.results[s.index] is None:
+                request.results[s.index] = self._result(s, "abort")
+        self.waiting = deque(s for s in self.waiting if s.request is not request)
+
+    def weights_changed(self, version: int) -> None:
+        """The model's parameters are others: go on with these, over the keys and values that there are.
+
+        version: what the tokens drawn from now on are said to be from (`Completion.versions`).
+        """
+        self.version, self.packed = version, {}
+        self.pool.forget()
+        for s in self.running:
+            s.known = None
+
+    def _request(
+        self, what: str, prompt, n, max_tokens, min_tokens, sampling, stop, seed, ignore_eos, on_token
+    ) -> Request:
+        """Check everything that can be known before computing."""
+        check(is_(Integral, n) and n > 0, "n", n, "a positive integer")
+        check(is_(Integral, max_tokens) and max_tokens > 0, "max_tokens", max_tokens, "a positive integer")
+        good = is_(Integral, min_tokens) and 0 <= min_tokens <= max_tokens
+        check(good, "min_tokens", min_tokens, f"an integer from 0 to max_tokens, {max_tokens}")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        check(all(isinstance(s, str) and s for s in stop), "stop", stop, "strings that are not empty")
+        check(is_(Integral, seed) and seed >= 0, "seed", seed, "an integer that is not negative")
+        end_ids = frozenset() if ignore_eos else frozenset(self.tokenizer.end_ids)
+        ids = self._prompt_ids(what, prompt)
+        self._check_room(what, len(ids), max_tokens)
+        return Request(ids, int(n), max_tokens, min_tokens, sampling, stop, int(seed), end_ids, on_token)
+
+    def _prompt_ids(self, what: str, prompt) -> list[int]:
+        tokens = isinstance(prompt, (list, tuple)) and all(is_(Integral, i) for i in prompt)
         ids = [int(i) for i in prompt] if tokens else self.tokenizer.prompt_ids(prompt)
         if not ids:
-            raise ValueError(f"prompt {p} is empty: there is nothing to continue")
+            raise ValueError(f"{what} is empty: there is nothing to continue")
         vocabulary = self.model.config.vocab_size
         if not (0 <= min(ids) and max(ids) < vocabulary):
             wrong = next(i for i in ids if not 0 <= i < vocabulary)
-            raise ValueError(f"prompt {p} holds token id {wrong}; the model's vocabulary is 0 to {vocabulary - 1}")
+            raise ValueError(f"{what} holds token id {wrong}; the model's vocabulary is 0 to {vocabulary - 1}")
         return ids
 
-    def _check_room(self, p: int, length: int, n: int, max_tokens: int) -> None:
+    def _check_room(self, what: str, length: int, max_tokens: int) -> None:
         limit = context_length(self.model.config)
-        asked = f"prompt {p} has {length} tokens: with max_tokens {max_tokens}"
+        asked = f"{what} has {length} tokens: with max_tokens {max_tokens}"
         if length + max_tokens > limit:
             raise ValueError(f"{asked} it goes beyond the model's {limit} positions (max_position_embeddings); "
                              "shorten the prompt or lower max_tokens")  # fmt: skip
-        needed = self._pages(length) + self._pages_ahead(length, max_tokens, last=n == 1)
+        needed = self._pages(length + max_tokens - 1)  # the last token of all is never fed
         if needed > self.pool.max_pages:
             raise ValueError(f"{asked} it needs {needed} pages of {self.pool.page_size} tokens; "
                              f"max_pages is {self.pool.max_pages}")  # fmt: skip
@@ -379,122 +387,238 @@ class Engine:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)
 
-    def _pages_ahead(self, length: int, max_tokens: int, last: bool) -> int:
-        """Pages a completion may take beyond its prompt's: all but a group's last need a copy of the partial one."""
-        # The last token of all is never fed, so its key and value are never stored.
-        return self._pages(length + max_tokens - 1) - (self._pages(length) if last else length // self.pool.page_size)
+    def _enqueue(self, request: Request) -> Request:
+        request.results = [None] * request.n
+        request.sequences = [_Sequence(request, g) for g in range(request.n)]
+        self.waiting += request.sequences
+        return request
 
-    def _admit(self, waiting: deque) -> list[_Sequence]:
-        """Let completions enter, first come first served, while there are rows and pages; prefill new prompts."""
-        entering, new, sources, targets = [], [], [], []
-        while waiting and self.free_rows:
-            group = waiting[0]
-            length, last = len(group.prompt), group.entered == group.n - 1
-            ahead = self._pages_ahead(length, group.max_tokens, last)
-            if not self.pool.fits(ahead + (self._pages(length) if group.pages is None else 0)):
+    def _schedule(self) -> list[tuple[_Sequence, int]]:
+        """(completion, how many of its tokens) that this step feeds: those that decode, and then as the budget allows.
+
+        Pages are named here, before they are filled: within a layer all keys are written before the first is read.
+        """
+        feeding, budget = [], self.prefill_tokens
+        for s in self.running.copy():
+            if s.row is not None and s.length - s.cached == 1 and self._make_room(s):
+                feeding.append((s, 1))
+        unfinished = [s for s in self.running if s.length - s.cached > 1]
+        while budget and (unfinished or (self.free_rows and self.waiting)):
+            if unfinished:
+                s = unfinished.pop(0)
+            elif (leader := self.waiting[0].request.leader) is not None:
+                follower = self.waiting.popleft()
+                follower.row = self.free_rows.pop()
+                leader.followers.append(follower)
+                continue
+            elif (s := self._enter()) is None:
                 break
-            if group.pages is None:
-                if new and sum(len(g.prompt) for g in new) + length > self.prefill_tokens:
-                    break
-                group.pages = self.pool.take(self._pages(length))
-                new.append(group)
-            full = length // self.pool.page_size
-            if last:  # takes over the group's own references
-                pages = list(group.pages)
-                waiting.popleft()
-            else:
-                self.pool.share(group.pages[:full])
-                own = self.pool.take(len(group.pages) - full)
-                pages = group.pages[:full] + own
-                sources, targets, ahead = sources + group.pages[full:], targets + own, ahead - len(own)
-            self.pool.promised += ahead
-            row = self.free_rows.pop()
-            self.page_table[row, : len(pages)] = pages
-            uniforms = np.random.Generator(np.random.PCG64([group.seed, group.entered])).random(group.max_tokens)
-            entering.append(_Sequence(group, group.entered, row, pages, ahead, uniforms))
-            group.entered += 1
-        if new:
-            self._prefill(new)
-        if sources:
-            self.pool.copy(sources, targets)
-        return entering
+            count = min(s.length - s.cached, budget)
+            budget -= count
+            feeding.append((s, count))
+        for s, count in feeding:
+            s.cached += count
+            self._name(s, count)
+        return feeding
 
-    def _prefill(self, groups: list[_Group]) -> None:
-        """Compute the prompts' keys and values into their pages, and keep each one's last hidden state."""
-        packed = pack([g.prompt for g in groups], device=self.pool.like.device)
-        positions = [np.arange(len(g.prompt)) for g in groups]
-        pages = [np.array(g.pages)[p // self.pool.page_size] for g, p in zip(groups, positions)]
-        slots = self.pool.slots(np.concatenate(pages), np.concatenate(positions))
-        layout = {"lengths": packed.lengths, "prefixes": packed.prefixes}
+    def _make_room(self, s: _Sequence) -> bool:
+        """A page for the token that is fed next. The newest completions may have to leave for it, and be it itself."""
+        if s.cached // self.pool.page_size < len(s.pages):
+            return True
+        while not self.pool.available:
+            newest = self.running[-1]
+            self._leave(newest)
+            self.waiting.appendleft(newest)
+            if newest is s:
+                return False
+        self._give(s, self.pool.take(1))
+        return True
 
-        def attend(layer, q, k, v):
-            self.pool.write(layer, slots, k, v)
-            window = self.model.config.windows[layer]
-            return attention(q, k, v, packed.cu_seqlens, packed.prefixes_B, window=window, **layout)
+    def _enter(self) -> _Sequence | None:
+        """The first in the queue, if there is room for all of its tokens."""
+        s = self.waiting[0]
+        tokens = s.tokens
+        pages, known = self.pool.find(tokens[:-1])  # the last is fed whatever is known: something has to be drawn from
+        needed = self._pages(len(tokens)) - len(pages)
+        if needed + len(self.running) > self.pool.available and self.running:  # leave one for each that is there
+            self.pool.release(pages)
+            return None
+        self.waiting.popleft()
+        s.row, s.cached, s.known = self.free_rows.pop(), len(pages) * self.pool.page_size, known
+        self._give(s, pages + self.pool.take(needed))
+        self.running.append(s)
+        if not s.ids:
+            s.request.leader = s
+        return s
 
-        hidden_TD = self.model.hidden(packed.tokens_T, packed.positions_T, attend)
-        for group, hidden in zip(groups, hidden_TD[packed.cu_seqlens[1:].long() - 1]):
-            group.hidden = hidden
+    def _leave(self, s: _Sequence) -> None:
+        """Out of the batch: a completion that has ended, or that shall come back later."""
+        self.pool.release(s.pages)
+        self.free_rows.append(s.row)
+        s.row, s.pages, s.cached, s.known = None, [], 0, 0
+        if s in self.running:  # a follower is not
+            self.running.remove(s)
+        self._disband(s, s.followers)
 
-    def _decode(self, running: list[_Sequence]) -> Tensor:
-        """Feed every sequence's newest token; (B, D) hidden states."""
+    def _disband(self, s: _Sequence, followers: list[_Sequence]) -> None:
+        """Followers that cannot fork off wait again, in front of the others, and find the prompt's pages later."""
+        for follower in reversed(followers):
+            self.free_rows.append(follower.row)
+            follower.row = None
+            self.waiting.appendleft(follower)
+        s.followers = []
+        if s.request.leader is s:
+            s.request.leader = None
+
+    def _give(self, s: _Sequence, pages: list[int]) -> None:
+        self.page_table[s.row, len(s.pages) : len(s.pages) + len(pages)] = pages
+        s.pages += pages
+
+    def _name(self, s: _Sequence, count: int) -> None:
+        """Make the pages known that the `count` tokens fed last fill."""
         size = self.pool.page_size
-        for s in running:
-            if s.cached // size == len(s.pages):  # the newest token is the first of a page
-                self.page_table[s.row, len(s.pages)] = page = self.pool.take(1)[0]
-                s.pages.append(page)
-                s.promised -= 1
-                self.pool.promised -= 1
-        cached, tokens = np.array([s.cached for s in running]), np.array([s.ids[-1] for s in running])
-        table = self.page_table[[s.row for s in running], : cached.max() // size + 1]
-        slots = self.pool.slots(table[np.arange(len(running)), cached // size], cached)
-        tokens, positions, table = (torch.from_numpy(x).to(slots.device) for x in (tokens, cached, table))
-        lengths, windows = positions + 1, self.model.config.windows
-        options = (table, lengths, self.pool.shape[0], size)
-        layouts = {window: make_layout(*options, window, self.pool.like.dtype) for window in set(windows)}
+        for page in range((s.cached - count) // size, s.cached // size):
+            if s.known is not None:
+                s.known = self.pool.name(s.pages[page], s.known, tuple(s.tokens[page * size : (page + 1) * size]))
+
+    def _forward(self, feeding: list[tuple[_Sequence, int]]) -> Tensor:
+        """Feed tokens, those of completions that feed one first; (N, D) hidden states of each one's last token."""
+        feeding.sort(key=lambda fed: fed[1] > 1)
+        rows, counts = np.array([s.row for s, _ in feeding]), np.array([count for _, count in feeding])
+        ends = np.array([s.cached for s, _ in feeding])
+        fed = [s.ids[-1:] if count == 1 and s.cached == s.length else [] for s, count in feeding]
+        fed = [ids or s.tokens[s.cached - count : s.cached] for ids, (s, count) in zip(fed, feeding)]
+        tokens = np.concatenate(fed)
+        last = counts.cumsum() - 1
+        positions = np.repeat(ends - 1 - last, counts) + np.arange(len(tokens))
+        # In the deterministic mode all are chunks, since their kernel is the one that has the trainer's bits.
+        size, single = self.pool.page_size, 0 if self.model.deterministic else int((counts == 1).sum())
+        slots = self.pool.slots(self.page_table[np.repeat(rows, counts), positions // size], positions)
+        table = torch.from_numpy(self.page_table[rows, : ends.max() // size + 1])
+        tokens, positions, last = (torch.from_numpy(x).to(slots.device) for x in (tokens, positions, last))
+        attend = self._attend(slots, table, positions[:single] + 1, counts[single:].tolist(), ends[single:].tolist())
+        return self.model.hidden(tokens, positions, attend)[last]
+
+    def _attend(self, slots: Tensor, table: Tensor, lengths: Tensor, counts: list[int], ends: list[int]):
+        """The `attend` of a step that feeds one token of len(lengths) sequences and then counts[i] of others."""
+        single, heads, windows = len(lengths), self.model.config.num_attention_heads, self.model.config.windows
+        (kv_heads, size, _), dtype = self.pool.shape, self.pool.like.dtype
+        # As wide as these rows need: a long prompt beside them must not cost them anything.
+        own = table[:single, : -(-int(lengths.max()) // size) if single else 0].to(slots.device)
+        starts = [end - count for end, count in zip(ends, counts)]
+        layouts, chunks = {}, {}
+        for window in set(windows):
+            if single:
+                layouts[window] = make_layout(own, lengths, kv_heads, size, window, dtype)
+            if counts:
+                given = starts, counts, table[single:], self.pool.keys[0], heads, window, self.model.deterministic
+                chunks[window] = make_chunks(*given)
 
         def attend(layer, q, k, v):
             self.pool.write(layer, slots, k, v)
             keys, values, window = self.pool.keys[layer], self.pool.values[layer], windows[layer]
-            return decode(q, keys, values, table, lengths, window=window, layout=layouts[window])
+            outs = []
+            if single:
+                options = {"window": window, "layout": layouts[window]}
+                outs.append(decode(q[:single], keys, values, own, lengths, **options))
+            if counts:
+                options = {"window": window, "deterministic": self.model.deterministic}
+                outs.append(extend(q[single:], keys, values, chunks[window], **options))
+            return torch.cat(outs) if len(outs) > 1 else outs[0]
 
-        return self.model.hidden(tokens, positions, attend)
+        return attend
 
-    def _draw(self, sequences: list[_Sequence], hidden_BD: Tensor) -> list[_Sequence]:
-        """Draw every sequence's next token; those that end leave. Returns those that go on."""
-        logits_BV = logits(hidden_BD, self.model.head_weight)
-        uniforms = [s.uniforms[len(s.ids)] for s in sequences]
-        samplings = [s.group.sampling for s in sequences]
+    def _fork(self, feeding: list[tuple[_Sequence, int]], hidden_ND: Tensor) -> tuple[list[_Sequence], Tensor]:
+        """The completions that draw now, those among them that leave a prompt here, and the states they draw from."""
+        size, drawing, sources, targets = self.pool.page_size, [], [], []
+        for i, (s, _) in enumerate(feeding):
+            if s.cached < s.length:
+                continue
+            drawing.append((s, i))
+            full, followers = len(s.request.prompt) // size, s.followers
+            while followers and self.pool.available >= len(s.pages) - full:
+                follower = followers.pop(0)
+                self.pool.share(s.pages[:full])
+                own = self.pool.take(len(s.pages) - full)
+                sources, targets = sources + s.pages[full:], targets + own
+                follower.cached, follower.known = s.cached, s.known
+                self._give(follower, s.pages[:full] + own)
+                self.running.append(follower)
+                drawing.append((follower, i))
+            self._disband(s, followers)
+        if sources:
+            self.pool.copy(sources, targets)
+        sequences, rows = [s for s, _ in drawing], [i for _, i in drawing]
+        return sequences, hidden_ND[rows]
+
+    def _draw(self, sequences: list[_Sequence], hidden_BD: Tensor) -> list[Request]:
+        """Draw every sequence's next token; those that end leave. Returns the requests that are finished by that."""
+        if not sequences:
+            return []
+        weight, deterministic = self.model.head_weight, self.model.deterministic
+        logits_BV = logits(hidden_BD, weight, deterministic)
+        for s in sequences:
+            if s.random is None:
+                s.random = np.random.Generator(np.random.PCG64([s.request.seed, s.index]))
+        uniforms = [s.random.random() for s in sequences]
+        samplings = [s.request.sampling for s in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
-        histories = [s.group.prompt + s.ids for s in sequences] if penalised else None
+        histories = [s.tokens for s in sequences] if penalised else None
+        early = [(b, s.request) for b, s in enumerate(sequences) if len(s.ids) < s.request.min_tokens]
+        banned = [(b, token) for b, request in early for token in request.end_ids]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
-        ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories)
-        going = []
+        ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories, banned)
+        if deterministic:  # as the trainer computes it
+            for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
+                plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
+                options = {"temperature": temperature, "deterministic": True}
+                exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
+                logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
+        if not logprobs_B.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
+        finished = []
         for s, token, logprob in zip(sequences, ids_B.tolist(), logprobs_B.tolist()):
-            if not math.isfinite(logprob):
-                raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
+            if s.row is None:  # aborted by the one before
+                continue
             s.ids.append(token)
             s.logprobs.append(logprob)
-            if completion := self._completion(s):
-                s.group.results[s.index] = completion
-                self.pool.release(s.pages)
-                self.pool.promised -= s.promised
-                self.free_rows.append(s.row)
-            else:
-                going.append(s)
-        return going
+            if not s.versions or s.versions[-1][0] != self.version:
+                s.versions.append([self.version, len(s.ids) - 1, 0])
+            s.versions[-1][2] = len(s.ids)
+            request, completion = s.request, self._completion(s)
+            if completion:
+                request.results[s.index] = completion
+                self._leave(s)
+            if request.on_token:
+                request.on_token(s.index, token, logprob, completion and completion.finish_reason)
+            if completion and request.finished:
+                finished.append(request)
+        return finished
 
     def _completion(self, s: _Sequence) -> Completion | None:
         """The finished completion, or None while it goes on."""
-        group = s.group
-        ended, full = s.ids[-1] in group.end_ids, len(s.ids) == group.max_tokens
-        if not (ended or full or (group.stop and self._stop_appeared(s))):
+        request, count = s.request, len(s.ids)
+        ended, full = s.ids[-1] in request.end_ids, count == request.max_tokens
+        appeared = bool(request.stop) and self._stop_appeared(s) and count > request.min_tokens
+        if not (ended or full or appeared):
             return None
-        text = self.tokenizer.decode(s.ids)
-        cuts = [text.index(string) for string in group.stop if string in text]
+        cuts = self._cuts(s)
         if not (ended or full or cuts):
             return None  # the whole reads differently from what its parts did
-        return Completion(s.ids, s.logprobs, text[: min(cuts)] if cuts else text, "stop" if ended or cuts else "length")
+        return self._result(s, "stop" if ended or cuts else "length", cuts)
+
+    def _cuts(self, s: _Sequence) -> list[int]:
+        """Where in the text each stop string begins that ends it, which none does within its first min_tokens."""
+        if not s.request.stop:
+            return []
+        text, least = self.tokenizer.decode(s.ids), s.request.min_tokens
+        first = len(self.tokenizer.decode(s.ids[:least])) + 1 if least else 0  # where one may end at the earliest
+        places = [text.find(string, max(0, first - len(string))) for string in s.request.stop]
+        return [place for place in places if place >= 0]
+
+    def _result(self, s: _Sequence, reason: str, cuts=()) -> Completion:
+        text, versions = self.tokenizer.decode(s.ids), tuple(map(tuple, s.versions))
+        return Completion(s.ids, s.logprobs, text[: min(cuts)] if cuts else text, reason, versions)
 
     def _stop_appeared(self, s: _Sequence) -> bool:
         """Add the newest id's text to the sequence's, and look for a stop string where it could have appeared.
@@ -508,7 +632,7 @@ class Engine:
             return False
         new = after[len(before) :]
         s.text, s.decoded = s.text + new, (read, len(s.ids))
-        return any(string in s.text[-(len(new) + len(string) - 1) :] for string in s.group.stop)
+        return any(string in s.text[-(len(new) + len(string) - 1) :] for string in s.request.stop)
 
 
 def context_length(config) -> int:

@@ -41,7 +41,7 @@ PRESET = {
     "num_completions_to_print": 3,
 }
 
-PPO_PRESET = PRESET | {"prompts_per_step": 256, "kl_coef": 0.0, "max_steps": 500}
+PPO_PRESET = PRESET | {"prompts_per_step": 256, "vf_coef": 0.5, "kl_coef": 0.02, "max_steps": 400}
 
 SFT_PRESET = {
     "dtype": "float32",

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, runs
+from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, sum_
 
 
@@ -290,17 +290,17 @@ def fit(
                     with run.timed("evaluation"):
                         metrics |= evaluate(step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
-                run.log_step(step, metrics, tokens=metrics["tokens"])
+                run.log_step(step, metrics, (), metrics["tokens"])
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
     if step < steps:
         return interrupt.exit_code
     if world.rank == 0:
-        checkpoint.save(model, tokenizer, f"{config.output_dir}/final")
+        kind = lora.save(model, tokenizer, f"{config.output_dir}/final")
         if config.plot:
             runs.draw(config.output_dir, config.plot, plotted)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
     return 0
 
 

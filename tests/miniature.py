@@ -1,8 +1,8 @@
 """What a whole run needs, in miniature: a random checkpoint, data, rewards, and two ways to run a script on them.
 
-`run` is `python -m minitrl.grpo` (or another) within this process; `launch` starts processes of their own, which may be killed, and
-which form a world as under torchrun. They are forked off a server that has torch imported, so one takes a second and
-not five.
+`run` is `python -m minitrl.grpo` (or another) within this process; `launch` starts processes of their own, which may be
+killed, and which form a world as under torchrun. They are forked off a server that has torch imported, so one
+takes a second and not five.
 """
 
 import contextlib
