@@ -41,6 +41,8 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
+    deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
 
     def __post_init__(self):
@@ -207,6 +209,8 @@ def load(config: RolloutOptions, functions, eval_functions, run):
                 if dropped:
                     limit = f"--max_prompt_length {config.max_prompt_length}"
                     print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    if config.deterministic:
+        policy.make_deterministic()
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,

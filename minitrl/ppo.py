@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
+    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)
