@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, losses, rewards, runs, toy, training
+from . import checkpoint, data, distributed, experience, losses, rewards, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
-from .rollout import Engine, context_length
+from .rollout import context_length
 
 # What losses.ppo_loss says of each minibatch, in TRL 0.16.0's names where it has it.
 MEANS = (
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = experience.engine_of(config, policy, tokenizer, world)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)
