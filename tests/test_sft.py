@@ -68,7 +68,7 @@ def gradients(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_is_one_by_one_however_it_is_split(model, tokens_per_microbatch, checkpointing, monkeypatch):
     monkeypatch.setattr(model, "gradient_checkpointing", checkpointing)
-    monkeypatch.setattr("minitrl.kernels.token_logprob.KEPT_ROWS", 16)
+    monkeypatch.setattr("minitrl.kernels.token_logprob.COLUMNS", 16)
     documents, chosen = some_documents(), np.array([7, 2, 2, 11, 0, 5, 9, 1])
     options = {"tokens_per_microbatch": tokens_per_microbatch, "max_length": 20}
     metrics, not_finite = sft.learn(model, documents, chosen, config(**options), ALONE)
