@@ -15,8 +15,7 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Engine, context_length
-from .rollout_client import RemoteEngine
+from .rollout import context_length
 from .sampling import Sampling
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
@@ -44,6 +43,8 @@ class RolloutOptions(CommonOptions):
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
+    rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
+    deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
 
     def __post_init__(self):
@@ -199,13 +200,6 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
-def engine_of(config: RolloutOptions, policy, tokenizer, world: World):
-    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
-    if config.rollout_server:
-        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
-    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
-
-
 def load(config: RolloutOptions, run):
     """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
@@ -226,6 +220,8 @@ def load(config: RolloutOptions, run):
                 if dropped:
                     limit = f"--max_prompt_length {config.max_prompt_length}"
                     print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    if config.deterministic:
+        policy.make_deterministic()
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,

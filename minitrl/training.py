@@ -252,7 +252,7 @@ def fit(
         weights are updated, and a resumed run finds those of its checkpoint.
 
     Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
-    checkpoint holds. Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    checkpoint holds. An epoch's first row follows the last of the one before at once: all steps are of one size.
     """
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
