@@ -30,6 +30,8 @@ REPLACED = {
     "generation_batch_size": "--prompts_per_step times --num_generations",
     "steps_per_generation": "--num_iterations: every optimizer step trains on the whole generated batch",
     "per_device_eval_batch_size": "nothing: the engine batches by itself",
+    "padding_free": "nothing: nothing is ever padded",
+    "max_seq_length": "--max_length",
     "auto_find_batch_size": "--tokens_per_microbatch",
     "model_name_or_path": "--model",
     "dataset_name": "--dataset FILE.jsonl",

@@ -14,6 +14,7 @@ and a resumed run, or one with another number of ranks, reads the same rows in t
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -336,9 +337,13 @@ def order(n: int, start: int, count: int, seed: int) -> list[int]:
         raise ValueError(f"order needs n >= 1, the rest >= 0, not n={n}, start={start}, count={count}, seed={seed}")
     rows = []
     for epoch in range(start // n, -(-(start + count) // n)):
-        permutation = numpy.random.default_rng((seed, epoch)).permutation(n)
-        rows += permutation[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
+        rows += _permutation(n, seed, epoch)[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
     return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> numpy.ndarray:
+    return numpy.random.default_rng((seed, epoch)).permutation(n)
 
 
 def seed_of(seed: int, place: int) -> int:

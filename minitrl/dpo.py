@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, distributed, losses, pairs, runs, toy, training
+from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse, require
 from .rollout import context_length
 
@@ -95,6 +95,7 @@ def load(config: Config, run):
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
         return policy, tokenizer, *toy.preferences(config.seed)
     policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+    lora.adapt(policy, config, world)
     tokenizer.now = run.began
     return policy, tokenizer, *pairs.load(config, tokenizer, context_length(policy.config), world)
 

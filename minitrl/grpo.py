@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, lora, losses, rewards, rollout_client, runs, toy, training
+from . import distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -74,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PRESET)
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
-    functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     reference = lora.reference_of(policy) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
@@ -106,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                     with lora.as_reference(reference):
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
-                rate = config.learning_rate * factor
-                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
-                metrics |= {"grad_norm": norm, "learning_rate": rate}
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
@@ -128,14 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < total:
-        return interrupt.exit_code
-    if world.rank == 0:
-        kind = lora.save(policy, tokenizer, f"{config.output_dir}/final")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
-    return 0
+    return interrupt.exit_code if step < total else training.finish(run, {"final": policy}, tokenizer)
 
 
 def generate(
@@ -252,7 +240,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     return metrics
 
 

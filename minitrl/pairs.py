@@ -30,6 +30,7 @@ class PairOptions(CommonOptions):
     """The options of data that are preferences. Names and defaults are TRL 1.16's where it has the option."""
 
     examples_per_step: int = 8  # pairs in one optimizer step, over all processes
+    lora_dropout: float = 0.0  # share of adapters' inputs that training sets to 0 (TRL: off by disable_dropout)
     max_length: int = 1024  # tokens of a prompt and either answer; pairs that have more are left out, and counted
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ class PairOptions(CommonOptions):
 
 
 def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO, and how many were too long.
+    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO; how many were too long.
 
     Answers have their end token. A row without "prompt" has two whole conversations, whose shared messages up to the
     first answer that differs are the prompt; or two whole texts, and the tokens that they both begin with. "margin" is

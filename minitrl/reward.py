@@ -13,7 +13,7 @@ The final folder is an XForSequenceClassification of one label, for transformers
 Without --model and --dataset a tiny model learns to tell right from wrong within half a minute on a CPU:
 
     torchrun -m minitrl.reward
-    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset held.jsonl
+    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset out.jsonl
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, distributed, losses, pairs, runs, toy, training
+from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse, require
 from .model import with_scalar_head
 from .rollout import context_length
@@ -84,6 +84,7 @@ def load(config: Config, run):
         return with_scalar_head(policy, config.seed), tokenizer, *toy.preferences(config.seed)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = checkpoint.load(config.model, dtype, world.device, scalar_head=True, seed=config.seed)
+    lora.adapt(model, config, world)
     tokenizer.now = run.began
     return model, tokenizer, *pairs.load(config, tokenizer, context_length(model.config), world)
 

@@ -21,7 +21,7 @@ ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
-    "training": {"distributed", "checkpoint", "packing", "runs", "data"},
+    "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
