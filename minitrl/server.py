@@ -326,7 +326,10 @@ class Connection(web.Connection):
         if logprobs is True or logprobs:
             raise Refused(400, "logprobs: 0 gives the sampled tokens' own; those of others are not kept", "logprobs")
         prompt = fields.take("prompt", (str, list), MUST, of=(str, list, int))
-        one = isinstance(prompt, str) or (prompt and not any(isinstance(part, (str, list)) for part in prompt))
+        numbers = 0 if isinstance(prompt, str) else sum(isinstance(part, int) for part in prompt)
+        one = isinstance(prompt, str) or (prompt and numbers == len(prompt))
+        if numbers and not one:
+            raise Refused(400, "prompt: a text, token ids, or a list of these", "prompt")
         return self.complete(fields, [prompt] if one else prompt, "text_completion", logprobs is not False, 16)
 
     def chat(self, fields: Fields):
@@ -420,6 +423,10 @@ class Connection(web.Connection):
         seeds = seeds if isinstance(seeds, list) else [seeds] * count
         if len(seeds) != count or not all(0 <= seed < 2**63 for seed in seeds):
             raise Refused(400, f"seed: from 0 to 2^63 - 1, or one for each of the {count} prompts", "seed")
+        limit = 64 * context_length(engine.model.config)  # before it is encoded, which takes seconds a MiB
+        texts = [[p] if isinstance(p, str) else [m["content"] for m in p if isinstance(m, dict)] for p in prompts]
+        if any(sum(map(len, parts)) > limit for parts in texts):
+            raise Refused(400, f"prompt: a text of more than {limit} characters, 64 a position of the model", "prompt")
         if self.server.draining:
             raise Refused(503, "the server is stopping", **{"Retry-After": "10"})
         job = Job(stream)
