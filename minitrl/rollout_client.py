@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from . import data, transfer
+from . import data, lora, transfer
 from .distributed import World
 from .packing import pack_groups
 from .rollout import Completion
@@ -95,7 +95,7 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
-        self.tensors = {name: p.detach() for name, p in policy.named_parameters()}
+        self.tensors = dict(lora.merged(policy))
         self.digest, self.version, self.lock = None, 0, threading.Condition()
         self.mismatch = 0.0  # nats, the largest found after an update
 
@@ -108,6 +108,7 @@ class RemoteEngine:
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
+        self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
