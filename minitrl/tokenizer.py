@@ -369,7 +369,7 @@ class _Template:
             raise ValueError(f"the checkpoint's chat template does not compile: {error}") from error
         self.template = jinja2.Template.from_code(self.sandbox, code, self.sandbox.globals)
 
-    def render(self, mark: str, **variables) -> str:
+    def render(self, mark: str = "", **variables) -> str:
         pieces, length = [], 0
         with self.lock:
             self.sandbox.mark = mark
