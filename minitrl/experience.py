@@ -15,8 +15,7 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Engine, context_length
-from .rollout_client import RemoteEngine
+from .rollout import context_length
 from .sampling import Sampling
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
@@ -199,13 +198,6 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     highest = rewards_PG.nan_to_num(nan=-torch.inf).amax(1)
     lowest = rewards_PG.nan_to_num(nan=torch.inf).amin(1)
     return highest > lowest
-
-
-def engine_of(config: RolloutOptions, policy, tokenizer, world: World):
-    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
-    if config.rollout_server:
-        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
-    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
 
 
 def load(config: RolloutOptions, run):

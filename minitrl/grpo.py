@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, lora, losses, runs, toy, training
+from . import distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
-    engine = experience.engine_of(config, policy, tokenizer, world)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)

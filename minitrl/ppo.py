@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, lora, losses, runs, toy, training
+from . import checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = experience.engine_of(config, policy, tokenizer, world)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)

@@ -26,14 +26,21 @@ from urllib.parse import urlsplit
 
 import torch
 
-from . import data, transfer
+from . import data, lora, transfer
 from .distributed import World
 from .packing import pack_groups
-from .rollout import Completion
+from .rollout import Completion, Engine
 
 MAX_ANSWER = 2**28  # bytes
 IN_FLIGHT = 64  # requests open at a time
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats, the mean over a greedy completion's tokens
+
+
+def engine_of(config, policy, tokenizer, world: World):
+    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
+    if config.rollout_server:
+        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
+    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
 
 
 class Lost(Exception):
@@ -95,8 +102,7 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
-        self.tensors = {name: p.detach() for name, p in policy.named_parameters()}
-        self.digest, self.version, self.lock = None, 0, threading.Condition()
+        self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
         self.mismatch = 0.0  # nats, the largest found after an update
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
@@ -108,6 +114,7 @@ class RemoteEngine:
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
+        self.tensors = dict(lora.merged(self.policy))
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
@@ -147,6 +154,8 @@ class RemoteEngine:
     def _try(self, server: _Server, probe: list[int] | None) -> None:
         try:
             state = server.ask("GET", "/weights", None, 10.0)
+            if state.get("deterministic") != self.policy.deterministic:
+                raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
             if state.get("digest") != self.digest:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)

@@ -50,6 +50,7 @@ class Config:
     api_key_file: str | None = None  # file that holds the key
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
+    deterministic: bool = False  # a completion's bits depend on nothing else; a trainer with the same option has them
     tensor_parallel_size: int = 1  # only 1 is built
     max_batch: int = 64  # sequences decoded at a time
     cache_gib: float | None = None  # bound of the key/value cache; none: as the load needs
@@ -339,7 +340,7 @@ class Connection(web.Connection):
         messages = fields.take("messages", list, MUST, of=dict)
         most = fields.take("max_completion_tokens", int, None, 1, 2**31)
         try:
-            messages = data._checked_prompt({"prompt": messages})
+            messages = data.checked_prompt({"prompt": messages})
         except ValueError as error:
             raise Refused(400, f"messages: {error}", "messages") from None
         return self.complete(fields, [messages], "chat.completion", logprobs, most)
@@ -497,7 +498,8 @@ class Connection(web.Connection):
         return {"message": "Request received, closing communicator"}
 
     def weights(self, fields: Fields):
-        state = {"version": self.worker.version, "digest": self.worker.digest}
+        deterministic = self.worker.engine.model.deterministic
+        state = {"version": self.worker.version, "digest": self.worker.digest, "deterministic": deterministic}
         bridge = self.server.weights.bridge
         return state | {"generation": bridge and bridge.generation, "tensors": transfer.describe(self.worker.tensors)}
 
@@ -564,7 +566,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--nproc_per_node {world.size}: one process serves; start several servers, on several ports")
     model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
     engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
-                    prefill_tokens=config.prefill_tokens)
+                    prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(1) if stop.is_set() else stop.set())

@@ -29,7 +29,7 @@ ARROWS = {
     "checkpoint": {"model", "tokenizer"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
     "transfer": {"distributed"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
