@@ -144,6 +144,18 @@ class CommonOptions:
         """`require` for one of these options."""
         require(hold, name, getattr(self, name), rule)
 
+    def check_data(self) -> None:
+        """ValueError unless model and data are given together, or neither: the embedded default has its own."""
+        for given, other in (("model", "dataset"), ("dataset", "model")):
+            both = getattr(self, given) is None or getattr(self, other) is not None
+            self.must(both, given, f"given together with --{other}; without both, the embedded default runs")
+        if self.model is None:
+            own = "left out without --model: the embedded default has its own"
+            self.must(self.eval_dataset is None, "eval_dataset", own)
+            self.must(self.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+        evaluates = self.model is None or self.eval_dataset is not None
+        self.must(evaluates or not self.eval_steps, "eval_steps", "given with --eval_dataset")
+
 
 def parse(cls, argv: list[str] | None = None, preset: Callable[[dict], dict] | None = None):
     """Fill the dataclass `cls`: its defaults, under the preset, under --config, under the command line.
