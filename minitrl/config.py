@@ -40,7 +40,6 @@ REPLACED = {
     "reward_model_name_or_path": "--reward FOLDER",
     "precompute_ref_log_probs": "nothing: they always are; --reference_cache FOLDER keeps them for other runs",
     "rpo_alpha": "--loss_type sigmoid sft --loss_weights 1 ALPHA",
-    "padding_free": "nothing: no script pads",
     "bf16": "--dtype bfloat16 (the default; master weights are float32)",
     "fp16": "--dtype bfloat16",
     "torch_dtype": "--dtype",
