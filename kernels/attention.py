@@ -144,7 +144,7 @@ def _tile(units: list[Unit], key_rows, window: int | None, kv_heads: int, tokens
     keys, queries, segment, row, place, first, end, skipped = torch.tensor(units).t()[:, :, None]  # (U, 1) each
     m, n = torch.arange(queries.max()), torch.arange(keys.max())
     slot = torch.minimum(torch.maximum(m, first), end - 1)  # padding repeats one of the unit's own
-    back = (place + slot)[:, :, None] - (skipped + n)[:, None]  # (U, M, N), how far back from the query the key is
+    back = (place + slot)[:, :, None] - (skipped + n)[:, None]  # (U, M, N) how far behind the query the key is
     hidden = (back < 0) | (back >= window) if window is not None else back < 0
     bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, :, None]
     query_rows = (row + slot)[:, None] * kv_heads + torch.arange(kv_heads)[:, None]

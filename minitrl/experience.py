@@ -15,10 +15,8 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Engine, context_length
-from .rollout_client import RemoteEngine
+from .rollout import context_length
 from .sampling import Sampling
-from .training import NotFinite
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
@@ -45,6 +43,8 @@ class RolloutOptions(CommonOptions):
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
+    rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
+    deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
 
     def __post_init__(self):
@@ -132,6 +132,12 @@ class Rollouts:
         """(R,) each completion's value at each of its tokens."""
         return values_PG.flatten().repeat_interleave(self.lengths_PG.flatten())
 
+    def ids(self, micro_batches) -> dict[str, list]:
+        """Prompts and completions of micro-batches, for a file."""
+        parts = [part for batch in micro_batches for part in batch]
+        completions = [[self.completion(p, g) for g in members] for p, members in parts]
+        return {"groups": [{"prompt": self.prompt(p), "completions": c} for (p, _), c in zip(parts, completions)]}
+
     def plan(self, chosen_PG: Tensor, capacity: int, ranks: int) -> list[list]:
         """Per rank its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
         members = [row.nonzero()[:, 0].tolist() for row in chosen_PG]
@@ -194,16 +200,11 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
-def engine_of(config: RolloutOptions, policy, tokenizer, world: World):
-    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
-    if config.rollout_server:
-        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
-    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size)
-
-
-def load(config: RolloutOptions, functions, eval_functions, run):
-    """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
+def load(config: RolloutOptions, run):
+    """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
+    functions = rewards.load_rewards(config.reward)
+    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: print0(world, text))
         rows, eval_rows = toy.datasets(config.seed)
@@ -219,6 +220,8 @@ def load(config: RolloutOptions, functions, eval_functions, run):
                 if dropped:
                     limit = f"--max_prompt_length {config.max_prompt_length}"
                     print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    if config.deterministic:
+        policy.make_deterministic()
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
@@ -231,7 +234,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
         print0(world, "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy "
                "is trained on its log-probs without them (temperature alone), and sampling/sampling_logp_difference "
                "shows the change")
-    return policy, tokenizer, rows, eval_rows
+    return policy, tokenizer, rows, functions, eval_rows, eval_functions
 
 
 def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
@@ -382,29 +385,6 @@ def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollo
             else:
                 values.append(whole[tokens] if name.endswith("_R") else whole[p : p + 1])
     return Rollouts(**{name: torch.cat(values) for name, values in picked.items()})
-
-
-def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
-    """The optimizer's step; returns the gradient's norm before clipping."""
-    try:
-        return optimizer.step(rate)
-    except NotFinite as error:
-        stop_before_update(run, step, str(error), rollouts, plan[run.world.rank])
-
-
-def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
-    """NaN or infinity: save the ids it came with and stop all ranks; the weights are still those of the step before."""
-    groups = [
-        {"prompt": rollouts.prompt(p), "completions": [rollouts.completion(p, g) for g in members]}
-        for batch in batches
-        for p, members in batch
-    ]
-    name = f"not_finite_step_{step + 1}_rank_"
-    if groups:  # other ranks may have them
-        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "groups": groups})
-    files = f"{run.config.output_dir}/{name}*.json"
-    remedy = "lower --learning_rate or --max_grad_norm"
-    raise NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")
 
 
 def evaluate(engine, rows, functions, config: RolloutOptions, world, step: int) -> dict[str, float]:

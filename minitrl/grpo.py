@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, lora, losses, rewards, runs, toy, training
+from . import distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -35,6 +35,8 @@ LOSS_OPTIONS = (
     "max_completion_length"
 ).split()
 
+Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
 
 @dataclass
 class Config(RolloutOptions):
@@ -43,6 +45,10 @@ class Config(RolloutOptions):
     num_iterations: int = 1  # optimizer steps on each generation (mu)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
     importance_sampling_level: Literal["token", "sequence"] = "token"  # GSPO: sequence, --loss_type grpo
+    vllm_importance_sampling_correction: bool = True  # weigh tokens by how much likelier they are to the trainer
+    vllm_importance_sampling_mode: Mode = "sequence_mask"  # whose weight; beyond the bounds it is cut to them, or 0
+    vllm_importance_sampling_clip_max: float | None = 3.0  # upper bound of the weight; none: unbounded
+    vllm_importance_sampling_clip_min: float | None = None  # lower bound of the weight; none: unbounded
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float | None = None  # and above 1 + epsilon_high; none: epsilon (cispo: above epsilon_high)
     delta: float | None = None  # bound above the ratio where the advantage is negative; none: unbounded
@@ -68,14 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PRESET)
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
-    functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     reference = lora.reference_of(policy) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
-    engine = experience.engine_of(config, policy, tokenizer, world)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
@@ -100,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                     with lora.as_reference(reference):
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
-                rate = config.learning_rate * factor
-                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
-                metrics |= {"grad_norm": norm, "learning_rate": rate}
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
@@ -122,14 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < total:
-        return interrupt.exit_code
-    if world.rank == 0:
-        kind = lora.save(policy, tokenizer, f"{config.output_dir}/final")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
-    return 0
+    return interrupt.exit_code if step < total else training.finish(run, {"final": policy}, tokenizer)
 
 
 def generate(
@@ -200,7 +194,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         if len(entropy_R):
             options["entropy_threshold"] = float(np.quantile(entropy_R.numpy(), 1 - config.top_entropy_quantile))
     on_policy = "old" not in known
-    per_token_R = {"advantages": rollouts.per_token(rollouts.advantages_PG), **known}
+    advantages_R = rollouts.per_token(rollouts.advantages_PG)
+    per_token_R = {"advantages": advantages_R, "sampler": rollouts.sampler_logprobs_R, **known}
     new_R = torch.zeros(len(rollouts.tokens_R))
     sums, largest, offending = Counter(), torch.zeros(1), []
     for batch in plan[world.rank]:
@@ -208,10 +203,17 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         mask_T = pack.completion_T
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
         given_T = experience.spread(per_token_R, index_C, mask_T, like_T=logprobs_T)
+        old_T, advantages_T = logprobs_T.detach() if on_policy else given_T["old"], given_T["advantages"]
+        if config.vllm_importance_sampling_correction:  # a weight is not negative: it may go into the advantage
+            bounds = config.vllm_importance_sampling_clip_max, config.vllm_importance_sampling_clip_min
+            given = old_T, given_T["sampler"], mask_T, pack.segments_T, config.vllm_importance_sampling_mode
+            weights_T = losses.sampling_weights(*given, *bounds)
+            advantages_T = advantages_T * weights_T
+            sums["sampling/importance_sampling_ratio/mean"] += weights_T[mask_T].sum().item()
         loss, shares = losses.grpo_loss(
             logprobs_T,
-            logprobs_T.detach() if on_policy else given_T["old"],
-            given_T["advantages"],
+            old_T,
+            advantages_T,
             mask_T,
             ref_logprobs_T=given_T.get("reference"),
             entropy_T=entropy_T,
@@ -238,7 +240,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     return metrics
 
 
@@ -247,6 +249,7 @@ def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config
     shares = ["loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]
     shares += ["kl"] * bool(config.beta)
     means = ["entropy"] + ["sampling/sampling_logp_difference/mean", "sampling/kl"] * on_policy
+    means += ["sampling/importance_sampling_ratio/mean"] * config.vllm_importance_sampling_correction
     names = ["trained_tokens", *shares, *means]
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=world.device)
     distributed.sum_([totals], world)
@@ -282,6 +285,10 @@ def check(config: Config) -> None:
     left_out = f"left out with --advantage_estimator {estimator}"
     must(estimator == "grpo" or config.scale_rewards == "group", "scale_rewards", f"{left_out}, which has its own")
     must(grouped or not config.dynamic_sampling, "dynamic_sampling", f"{left_out}, which compares no groups")
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    must(high is None or 0 < high, "vllm_importance_sampling_clip_max", "above 0")
+    below = low is None or 0 <= low < (math.inf if high is None else high)
+    must(below, "vllm_importance_sampling_clip_min", "at least 0 and below --vllm_importance_sampling_clip_max")
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")

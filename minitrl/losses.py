@@ -93,6 +93,26 @@ def grpo_loss(
     )
 
 
+def sampling_weights(old_logprobs_T, sampler_logprobs_T, mask_T, segments_T, mode, clip_max=3.0, clip_min=None):
+    """(T,) what to multiply a token's policy term by, since the sampler's arithmetic is not quite the trainer's.
+
+    The ratio is exp(old - sampler), of the token ("token_...") or of its whole sequence ("sequence_..."). Beyond the
+    bounds it is cut to them ("..._truncate") or 0 ("..._mask"). TRL 1.16: GRPOTrainer's importance_sampling_ratio.
+
+    old_logprobs_T: (T,) the trainer's log-probs before the first update.  sampler_logprobs_T: (T,) those sampled by;
+    NaN where there is none: the token's own ratio is then 1.  mask_T: (T,) bool, the tokens trained on.
+    segments_T: (T,) int64, the sequence of each token.
+    """
+    difference_T = torch.where(mask_T, old_logprobs_T - sampler_logprobs_T, 0.0).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        sums = difference_T.new_zeros(int(segments_T[-1]) + 1).index_add_(0, segments_T, difference_T)
+        difference_T = sums[segments_T]
+    ratio_T, low, high = difference_T.exp(), clip_min or 0.0, math.inf if clip_max is None else clip_max
+    if mode.endswith("truncate"):
+        return ratio_T.clamp(low, high)
+    return torch.where((ratio_T < low) | (ratio_T > high), 0.0, ratio_T)
+
+
 DPO_LOSS_TYPES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair discopop apo_zero apo_down sft"
 ).split()

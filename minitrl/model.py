@@ -328,7 +328,7 @@ class Model(nn.Module):
         Raises ValueError for adapters, whose products are not made for it.
         """
         if self.adapters is not None:
-            raise ValueError("deterministic: a model with LoRA adapters has no such mode; merge them, or train all of it")
+            raise ValueError("deterministic: a model with LoRA adapters has no such mode; train all of it")
         for module in self.modules():
             module.deterministic = True
 

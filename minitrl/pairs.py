@@ -53,7 +53,7 @@ class PairOptions(CommonOptions):
 
 
 def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO, and how many were too long.
+    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "margin"} for reward models and DPO; how many were too long.
 
     Answers have their end token. A row without "prompt" has two whole conversations, whose shared messages up to the
     first answer that differs are the prompt; or two whole texts, and the tokens that they both begin with. "margin" is

@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, lora, losses, rewards, runs, toy, training
+from . import checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
-from .rollout import Engine, context_length
+from .rollout import context_length
 
 # What losses.ppo_loss says of each minibatch, in TRL 0.16.0's names where it has it.
 MEANS = (
@@ -57,6 +57,7 @@ class Config(RolloutOptions):
     cliprange: float = 0.2  # the ratio is clipped to 1 - cliprange .. 1 + cliprange
     cliprange_value: float = 0.2  # the value is clipped to as much around what it was when sampled
     vf_coef: float = 0.1  # weight of the value loss
+    lora_dropout: float = 0.0  # share of the adapters' inputs set to 0: ratios would not begin at 1 (TRL: no dropout)
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PPO_PRESET)
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
-    functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)
     reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = experience.engine_of(config, policy, tokenizer, world)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)
@@ -99,10 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = minibatch(rollouts, step, config, world)
                 metrics = backward(policy, value_model, rollouts, known, plan, config, run, step)
-                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
-                rate = config.learning_rate * factor
-                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
-                metrics |= {"grad_norm": norm, "learning_rate": rate}
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, cursor + fresh * config.prompts_per_step
             metrics |= experience.rollout_metrics(rollouts, functions) | objective(rollouts, known, config)
             metrics["episode"] = cursor * config.num_generations
@@ -116,15 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < total:
-        return interrupt.exit_code
-    if world.rank == 0:
-        for name, model in (("final", policy), ("value_model", value_model)):
-            kind = lora.save(model, tokenizer, f"{config.output_dir}/{name}")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
-    return 0
+    trained = {"final": policy, "value_model": value_model}
+    return interrupt.exit_code if step < total else training.finish(run, trained, tokenizer)
 
 
 def load_value_model(policy, tokenizer, config: Config, world):
@@ -133,9 +122,9 @@ def load_value_model(policy, tokenizer, config: Config, world):
         return with_scalar_head(copy.deepcopy(policy), config.seed)
     dtype = getattr(torch, config.dtype)
     value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
-    lora.adapt(value_model, replace(config, adapter=None), world)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
+    lora.adapt(value_model, replace(config, adapter=None, model=config.value_model), world)
     longest = config.max_prompt_length + config.max_completion_length
     room = context_length(value_model.config)
     require(longest <= room, "value_model", config.value_model, f"a model with {longest} positions; it has {room}")
@@ -161,6 +150,7 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
         known["kl"] = losses.kl_estimate(old_R, reference_R, config.kl_estimator)
         rewards_R -= config.kl_coef * known["kl"]
     lengths_N = rollouts.lengths_PG.flatten()
+    assert lengths_N.min() > 0, "a completion has at least the token that ends it"
     last_N = lengths_N.cumsum(0) - 1  # the token at which a completion ends: its end token, or where it was cut
     rewards_R[last_N] += scores(rollouts, config).flatten().nan_to_num(nan=0.0)
     kept_R = rollouts.per_token(scored_PG)
@@ -228,7 +218,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
             sums[name] += shares[name].item()
     metrics = training.total(sums, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2)
     return {"trained_tokens": tokens} | metrics
 

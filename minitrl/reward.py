@@ -13,7 +13,7 @@ The final folder is an XForSequenceClassification of one label, for transformers
 Without --model and --dataset a tiny model learns to tell right from wrong within half a minute on a CPU:
 
     torchrun -m minitrl.reward
-    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset held.jsonl
+    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset out.jsonl
 """
 
 from dataclasses import dataclass

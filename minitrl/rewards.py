@@ -6,7 +6,7 @@ Lists of N, one entry a sample. Prompts and completions are texts; where the pro
 [{"role": "assistant", "content": text}], as in TRL. The columns of the data set come by name, and `step` and
 `first_index` (the place of the first of these samples among all that the step samples, on every rank). A function takes
 those it names; with **columns it takes them all. None means that it does not apply to a sample. It may be `async`, and
-runs in a thread. A reward model is such a function too: `RewardModel`, of a folder that reward.py or transformers wrote.
+runs in a thread. A reward model's folder, which reward.py or transformers wrote, is one too: see `RewardModel`.
 """
 
 import asyncio
@@ -167,7 +167,8 @@ def load_rewards(names: Iterable[str], option: str = "--reward") -> list[tuple[s
         if function is None:
             near = difflib.get_close_matches(spec, BUILT_IN, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{option} {spec}: neither file.py:function, a reward model's folder, nor one of {', '.join(BUILT_IN)}{hint}")
+            known = f"a reward model's folder, nor one of {', '.join(BUILT_IN)}"
+            raise ValueError(f"{option} {spec}: neither file.py:function, {known}{hint}")
         if name in loaded:
             raise ValueError(f"{option} {spec}: there is a reward {name!r} already, and metrics go by name; rename one")
         loaded[name] = function

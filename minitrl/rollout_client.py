@@ -29,11 +29,18 @@ import torch
 from . import data, lora, transfer
 from .distributed import World
 from .packing import pack_groups
-from .rollout import Completion
+from .rollout import Completion, Engine
 
 MAX_ANSWER = 2**28  # bytes
 IN_FLIGHT = 64  # requests open at a time
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats, the mean over a greedy completion's tokens
+
+
+def engine_of(config, policy, tokenizer, world: World):
+    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
+    if config.rollout_server:
+        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
+    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
 
 
 class Lost(Exception):
@@ -95,8 +102,7 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
-        self.tensors = dict(lora.merged(policy))
-        self.digest, self.version, self.lock = None, 0, threading.Condition()
+        self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
         self.mismatch = 0.0  # nats, the largest found after an update
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
@@ -108,7 +114,7 @@ class RemoteEngine:
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
-        self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
+        self.tensors = dict(lora.merged(self.policy))
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
@@ -120,17 +126,18 @@ class RemoteEngine:
             over = threading.Event()
             futures = [pool.submit(self._complete, body, over) for body in bodies]
             try:
-                open_ = set(futures)
-                while open_:
-                    done, open_ = wait(open_, 0.2, FIRST_EXCEPTION)
+                open_, ready = set(futures), any(server.ready for server in self.servers)
+                while open_ or not ready:  # with nothing to ask for itself, rank 0 still has to send the weights
+                    done, open_ = wait(open_, 0.2, FIRST_EXCEPTION) if open_ else ((), over.wait(0.2) and ())
                     for future in done:
                         future.result()
-                    if any(server.ready for server in self.servers):
+                    ready = any(server.ready for server in self.servers)
+                    if ready:
                         stop = time.monotonic() + self.timeout_s
-                    elif open_ and time.monotonic() > stop:
+                    elif time.monotonic() > stop:
                         raise ConnectionError("no rollout server can be had: " + self._whys())
-                    if open_:
-                        self.revive(ids[0])
+                    if open_ or not ready:
+                        self.revive(ids[0] if ids else None)
             finally:
                 over.set()
                 for future in futures:
@@ -148,6 +155,8 @@ class RemoteEngine:
     def _try(self, server: _Server, probe: list[int] | None) -> None:
         try:
             state = server.ask("GET", "/weights", None, 10.0)
+            if state.get("deterministic") != self.policy.deterministic:
+                raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
             if state.get("digest") != self.digest:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)

@@ -157,7 +157,7 @@ def check_resume(old: dict, new: dict, may_change=MAY_CHANGE) -> None:
         )
 
 
-def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/accuracy")) -> None:
+def draw(output_dir: str, image: str, names: tuple[str, ...]) -> None:
     """Draw metrics of a run over its steps into a .png or .svg file."""
     from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
 

@@ -55,7 +55,8 @@ def check(good: bool, option: str, value, wanted: str) -> None:
 def processed_logits(logits_BV: Tensor, samplings: list[Sampling], histories=None, banned=()) -> Tensor:
     """(B, V) float32 logits of the distribution sampled from: row b as `samplings[b]` asks, -inf where a token is cut.
 
-    Each row is shifted so that its largest is 0, which no probability notices and no temperature can overflow.
+    Where a temperature or a cut is asked for, all rows are shifted so that their largest is 0, which no probability
+    notices and no temperature can overflow.
     histories: per row the ids that repetition_penalty speaks of; read only where a penalty is on.
     banned: (row, id) pairs that are cut before all else.
     """
@@ -65,7 +66,8 @@ def processed_logits(logits_BV: Tensor, samplings: list[Sampling], histories=Non
         x_BV = x_BV.index_put(tuple(cut), x_BV.new_tensor(-math.inf))
     if any(s.repetition_penalty != 1 for s in samplings):
         x_BV = _penalise(x_BV, histories, _column([s.repetition_penalty for s in samplings], x_BV))
-    x_BV = x_BV - x_BV.amax(-1, keepdim=True)
+    if any(s.temperature not in (0, 1) or s.cuts for s in samplings):
+        x_BV = x_BV - x_BV.amax(-1, keepdim=True)
     if any(s.temperature not in (0, 1) for s in samplings):
         x_BV /= _column([s.temperature or 1.0 for s in samplings], x_BV)
     return _cut(x_BV, samplings) if any(s.cuts for s in samplings) else x_BV
@@ -147,8 +149,9 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, samplings, histories=None, ban
     uniforms_B: float64 in [0, 1), one per row, on the logits' device. For the rest see `processed_logits`.
     """
     x_BV = processed_logits(logits_BV, samplings, histories, banned)
-    ids_B, totals_B = draw(x_BV.exp(), uniforms_B)
+    probabilities_BV = x_BV.softmax(-1)
+    ids_B, totals_B = draw(probabilities_BV, uniforms_B)
     if any(s.temperature == 0 for s in samplings):
         greedy_B = torch.tensor([s.temperature == 0 for s in samplings], device=ids_B.device)
         ids_B = torch.where(greedy_B, x_BV.argmax(-1), ids_B)
-    return ids_B, (x_BV.gather(1, ids_B[:, None])[:, 0] - totals_B.log()).float()
+    return ids_B, (probabilities_BV.gather(1, ids_B[:, None])[:, 0].double() / totals_B).log().float()

@@ -10,7 +10,6 @@ import hmac
 import ipaddress
 import json
 import re
-import select
 import socket
 import socketserver
 import threading
@@ -205,7 +204,7 @@ class Connection(socketserver.BaseRequestHandler):
                 raise Refused(401, "a bearer key is needed, and this is not it", **{"WWW-Authenticate": "Bearer"})
         else:  # a web page may lead a browser here, by a name of its own or from elsewhere
             name = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())
-            if not is_loopback(name) and name != server.host:
+            if not is_loopback(name) and name not in (server.host, "0.0.0.0"):  # which TRL's client says for localhost
                 raise Refused(421, "host: not a name of this machine; a server without a key answers to localhost")
             if "origin" in headers:
                 raise Refused(403, "origin: web pages are not served without a key")
@@ -252,10 +251,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def gone(self) -> bool:
         """Whether the client has closed its side: nobody waits for the answer then."""
-        with suppress(OSError):
-            ready = select.select([self.request], [], [], 0)[0]
-            return bool(ready) and not self.request.recv(1, socket.MSG_PEEK)
-        return True
+        try:
+            self.request.settimeout(0)
+            return not self.request.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

@@ -202,6 +202,7 @@ def ours(world: World, output_dir, options: dict, splits: list | None = None) ->
         "max_completion_length": MAX_COMPLETION,
         "dtype": "float32",
         "device": "cpu",
+        "vllm_importance_sampling_correction": False,  # TRL's is for vLLM, which does not sample here
     }
     output_dir.mkdir(parents=True)
     (output_dir / "given.json").write_text(json.dumps(values))

@@ -67,7 +67,7 @@ class Process:
     def __init__(self, tiny, hook=None, **options):
         self.log, self.hook, self.port = Path(tempfile.mkstemp()[1]), hook, 0
         options = {"model": tiny.folder / "model", "served_model_name": "tiny", "dtype": "float32", **options}
-        self.options = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        self.options = [w for name, value in options.items() for w in ([f"--{name}", str(value)] if value is not None else [f"--{name}"])]
         self.start()
 
     def start(self) -> None:

@@ -172,7 +172,8 @@ def check_reward_loss():
             cuts = (slice(0, 2), slice(2, None))  # two micro-batches
             return sum(losses.reward_loss(c[s], r[s], margin[s], centre, P) for s in cuts)
 
-        for a, b in zip(with_gradients(ours, [chosen, rejected]), with_gradients(true, [chosen, rejected]), strict=True):
+        both = [chosen, rejected]
+        for a, b in zip(with_gradients(ours, both), with_gradients(true, both), strict=True):
             torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Preferences: rows become ids, each with its end token; what is wrong is named; and a step's packs hold whole pairs."""
+"""Preferences: rows become ids, with their end tokens; what is wrong is named; and a step's packs hold whole pairs."""
 
 import json
 
@@ -38,7 +38,8 @@ def assistant(text):
 
 
 def texts(row, tokenizer):
-    return [tokenizer.decode(row[f"{name}_ids"], skip_special_tokens=False) for name in ("prompt", "chosen", "rejected")]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [tokenizer.decode(row[name], skip_special_tokens=False) for name in names]
 
 
 def test_text(load, tokenizer):
@@ -49,7 +50,7 @@ def test_text(load, tokenizer):
 
 
 def test_messages(load, tokenizer):
-    """The prompt's ids are those that sampling would begin with; what the template writes behind the end is no answer."""
+    """The prompt's ids are those that sampling would begin with; what stands behind the end is no answer."""
     prompt = [{"role": "system", "content": "Be brief."}, user("2+3?")]
     [row], _ = load({"prompt": prompt, "chosen": [assistant("5")], "rejected": [assistant("six")], "margin": 2})
     assert row["prompt_ids"] == tokenizer.prompt_ids(prompt)
@@ -104,7 +105,7 @@ CHAT = [user("Hi")]
         ({"prompt": CHAT, "chosen": "b", "rejected": "c"}, "a list of messages, not 'b'"),
         ({"prompt": CHAT, "chosen": [], "rejected": [assistant("c")]}, "a list of messages, not"),
         ({"prompt": CHAT, "chosen": [{"role": "bot", "content": "b"}], "rejected": [assistant("c")]}, "role must be"),
-        ({"prompt": [*CHAT, assistant("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]}, "the last message"),
+        ({"prompt": [assistant("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]}, "the last message"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, "prompt must be text or a list of messages"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "have no prompt"),
         ({"chosen": "b", "rejected": "c"}, "nor a beginning in common"),
@@ -136,8 +137,9 @@ def test_a_template_that_writes_the_prompt_in_two_ways_is_refused(load, tmp_path
 
 def test_the_digest_is_of_every_id_and_margin(load):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    digests = {data.fingerprint(load(row | change)[0]) for change in
-               ({}, {"prompt": "x"}, {"chosen": "x"}, {"rejected": "x"}, {"margin": 1.0}, {"chosen": "c", "rejected": "b"})}
+    changes = [{}, {"prompt": "x"}, {"chosen": "x"}, {"rejected": "x"}, {"margin": 1.0}]
+    changes.append({"chosen": "c", "rejected": "b"})
+    digests = {data.fingerprint(load(row | change)[0]) for change in changes}
     assert len(digests) == 6 and data.fingerprint(load(row | {"note": 1})[0]) in digests
 
 

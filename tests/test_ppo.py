@@ -568,6 +568,24 @@ def test_the_value_model_has_its_own_layers(tiny, tmp_path):
     assert losses_[0] != losses_[1]
 
 
+def test_adapters(tiny, tmp_path):
+    """Of both models the adapters alone are trained (and the value model's head), and the reference is the base."""
+    given = dict(use_peft=True, lora_target_modules=("all-linear",), save_steps=3)
+    ends(argv(tiny, tmp_path / "a", **given))
+    first, later = steps(tmp_path / "a")[0], steps(tmp_path / "a")[4]
+    assert first["objective/kl"] == 0 and first["val/ratio"] == pytest.approx(1, abs=1e-6) and later["objective/kl"] != 0
+    trained = load_file(tmp_path / "a/checkpoints/step_8/optimizer.safetensors")
+    assert {name.split(".")[1] for name in trained if "." in name} == {"policy", "value"}
+    assert all(".adapter." in name or name.endswith("value.score.weight") for name in trained if name != "step")
+    for name in ("final", "value_model"):
+        assert (tmp_path / "a" / name / "adapter_model.safetensors").exists()
+    value_model = with_scalar_head(checkpoint.load(tiny.folder / "model")[0], 1)
+    checkpoint.save(value_model, checkpoint.load(tiny.folder / "model")[1], tmp_path / "value")
+    ends(argv(tiny, tmp_path / "b", value_model=tmp_path / "value", **given))
+    described = json.loads((tmp_path / "b/value_model/adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(tmp_path / "value") and described["task_type"] == "SEQ_CLS"
+
+
 def test_a_fresh_value_model_guesses_near_0(tiny):
     policy, _ = checkpoint.load(tiny.folder / "model")
     value_model = ppo.load_value_model(policy, None, options(), ALONE)
@@ -575,6 +593,24 @@ def test_a_fresh_value_model_guesses_near_0(tiny):
     theirs = dict(value_model.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in policy.named_parameters() if name in theirs)
     assert all(p is not theirs.get(name) for name, p in policy.named_parameters())
+
+
+def test_one_folder_is_reward_and_value_model(tiny, tmp_path):
+    """The reward is what the model says at the last token; training the value model does not move it."""
+    policy, tokenizer = checkpoint.load(tiny.folder / "model")
+    scorer = with_scalar_head(policy, 1)
+    scorer.score.weight.data *= 20
+    checkpoint.save(scorer, tokenizer, tmp_path / "scorer")
+    arguments = argv(tiny, tmp_path / "run", value_model=tmp_path / "scorer")
+    arguments[arguments.index("--reward") + 1] = str(tmp_path / "scorer")
+    ends(arguments)
+    written = rows(tmp_path / "run", "completions")
+    assert {row["step"] for row in written} == {1, 5}
+    for row in written:
+        ids = tokenizer.encode(row["prompt"]) + row["completion_ids"]
+        assert row["reward"] == pytest.approx(scorer.values(pack([ids]))[-1].item(), rel=1e-4, abs=1e-5)
+    moved, _ = checkpoint.load(tmp_path / "run" / "value_model", scalar_head=True)
+    assert (moved.score.weight - scorer.score.weight).abs().max() > 1e-3
 
 
 def test_the_missing_end_token_costs(tiny, tmp_path):
@@ -626,7 +662,7 @@ def test_learns(tiny, tmp_path):
 
 
 FAULTS = {  # where the process dies: function, after which step, at which call
-    "rollout": ("minitrl.rollout:draw", 4, 3),
+    "rollout": ("minitrl.sampling:draw", 4, 3),
     "judge": ("minitrl.losses:gae", 4, 1),
     "backward": ("minitrl.losses:ppo_loss", 6, 1),
     "optimizer": ("minitrl.training:Optimizer._round_masters", 3, 1),

@@ -1,4 +1,4 @@
-"""DPO and reward models: the loss of a step is that of its pairs one by one; runs that are killed, divided, badly fed."""
+"""DPO and reward models: the loss of a step is that of its pairs one by one; runs killed, divided, badly fed."""
 
 import json
 import math

@@ -349,7 +349,7 @@ def test_rows_may_differ_in_their_options():
     together = processed_logits(logits, samplings, histories)
     for b, sampling in enumerate(samplings):
         alone = processed_logits(logits[b : b + 1], [sampling], [histories[b]])
-        assert torch.equal(together[b : b + 1], alone)
+        assert torch.equal(together[b : b + 1].softmax(-1), alone.softmax(-1))
     assert together[-1].isfinite().all()  # greedy: nothing is cut
 
 

@@ -212,18 +212,66 @@ def test_a_server_that_hangs_is_left_out(tiny):
         assert not remote.servers[1].ready and "timed out" in remote.servers[1].why
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_grpo_against_a_server_is_grpo(tiny, tmp_path, world):
-    """Three steps with a weight update before each: the same completions and weights as with an engine of its own."""
-    argv = {"max_steps": 3, "seed": 5}
+def here_and_there(tiny, tmp_path, world=1, script="grpo", serve=(), **options):
+    """The same run with an engine of its own and with a server's; returns how many updates the server got."""
+    argv = {"seed": 5, "max_steps": 3, **options}
     assert miniature.launch(tiny.argv(tmp_path / "here", **argv), world).codes == [0] * world
-    with serving.Process(tiny) as server:
+    with serving.Process(tiny, **dict(serve)) as server:
         remote = miniature.launch(tiny.argv(tmp_path / "there", rollout_server=server.url, **argv), world)
         assert remote.codes == [0] * world, remote.err
         version = serving.ask(server.url, "/weights")[1]["version"]
-    assert version == 3
     here, there = (miniature.rows(tmp_path / name, "completions") for name in ("here", "there"))
-    assert [row["completion_ids"] for row in here] == [row["completion_ids"] for row in there] and len(here) == 24
-    ours, theirs = (dict(checkpoint.load(tmp_path / name / "final")[0].named_parameters()) for name in ("here", "there"))
+    assert [row["completion_ids"] for row in here] == [row["completion_ids"] for row in there]
+    return version
+
+
+def weights(folder):
+    return dict(checkpoint.load(folder)[0].named_parameters())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_grpo_against_a_server_is_grpo(tiny, tmp_path, world):
+    """Three steps with a weight update before each: the same completions, and the same weights but for rounding."""
+    assert here_and_there(tiny, tmp_path, world) == 3
+    ours, theirs = (weights(tmp_path / name / "final") for name in ("here", "there"))
     for name, p in ours.items():
         torch.testing.assert_close(theirs[name], p, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, steps", [
+    ("bfloat16", 5), pytest.param("float32", 20, marks=pytest.mark.slow), pytest.param("bfloat16", 20, marks=pytest.mark.slow)
+])  # fmt: skip
+def test_deterministic_steps_against_a_server_are_the_same_to_the_bit(tiny, tmp_path, dtype, steps):
+    """--deterministic on both sides: nothing depends on what was in a server's batch; KL(sampler, trainer) is 0."""
+    flag = {"deterministic": True, "dtype": dtype}
+    serve = {"deterministic": None, "dtype": dtype}
+    assert here_and_there(tiny, tmp_path, serve=serve, max_steps=steps, **flag) == steps
+    assert miniature.untimed(tmp_path / "here") == miniature.untimed(tmp_path / "there")
+    ours, theirs = (weights(tmp_path / side / "final") for side in ("here", "there"))
+    assert all(torch.equal(theirs[name], p) for name, p in ours.items())
+    kls = [row["sampling/kl"] for row in miniature.steps(tmp_path / "there") if "sampling/kl" in row]
+    assert len(kls) > steps // 4 and set(kls) == {0.0}
+
+
+def test_adapters_are_merged_into_what_is_sent(tiny, tmp_path):
+    assert here_and_there(tiny, tmp_path, use_peft=True, lora_r=4, learning_rate=0.05) == 3
+
+
+def test_a_resumed_run_samples_from_its_own_weights(tiny, tmp_path):
+    """The server was started anew, with the weights on its disk: the run sends its own before it asks."""
+    options = {"lr_scheduler_type": "constant"}
+    assert miniature.run(tiny.argv(tmp_path / "whole", **options)).code == 0
+    for steps, resume in ((2, False), (4, True)):
+        with serving.Process(tiny) as server:
+            options |= {"max_steps": steps, "resume": resume, "rollout_server": server.url}
+            done = miniature.run(tiny.argv(tmp_path / "parts", **options))
+            assert done.code == 0, done.err
+    whole, parts = (miniature.rows(tmp_path / name, "completions") for name in ("whole", "parts"))
+    assert [row["completion_ids"] for row in whole][16:24] == [row["completion_ids"] for row in parts][16:24]
+
+
+def test_deterministic_on_one_side_alone_is_refused(tiny, pair):
+    policy, tokenizer = changed(tiny)
+    policy.make_deterministic()
+    with pytest.raises(ValueError, match="give both --deterministic, or neither"):
+        RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30).generate(PROMPTS[:1])

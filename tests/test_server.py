@@ -198,6 +198,74 @@ def test_trl_0_16_updates_weights_as_a_whole(tiny):
         assert greedy == [Engine(model, tokenizer).generate([PROMPT], temperature=0.0, max_tokens=16)[0][0].ids]
 
 
+class StatelessProcessGroup:
+    """In place of vLLM's, which TRL's client insists on: torch's own, over our bridge."""
+
+    @staticmethod
+    def create(host, port, rank, world_size):
+        return transfer.Bridge(host, port, rank, world_size, generation=0, timeout_s=20)
+
+
+class PyNcclCommunicator:
+    def __init__(self, group, device):
+        self.bridge, self.group = group, self
+
+    def broadcast(self, tensor, src, stream):
+        self.bridge.finish(self.bridge.broadcast(tensor, src), "sending")
+
+    def barrier(self):
+        self.bridge.finish(self.bridge.broadcast(torch.zeros(1, dtype=torch.uint8), 0), "the barrier")
+
+
+def test_trl_0_16s_own_client(tiny, monkeypatch):
+    """VLLMClient itself, from `pip install --no-deps trl==0.16.0`; of vllm there are stand-ins for two classes."""
+    import importlib.metadata
+    import sys
+    import types
+
+    pytest.importorskip("requests")
+    pytest.importorskip("transformers")
+    try:
+        found = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    if not found.startswith("0.16."):
+        pytest.skip("needs TRL 0.16")
+    import trl.import_utils
+
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.device_communicators", "vllm.distributed.utils",
+                 "vllm.distributed.device_communicators.pynccl"):  # fmt: skip
+        module = types.ModuleType(name)
+        module.StatelessProcessGroup, module.PyNcclCommunicator = StatelessProcessGroup, PyNcclCommunicator
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(trl.import_utils, "is_vllm_available", lambda: True)
+    from trl.extras.vllm_client import VLLMClient
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.folder / "model", dtype=torch.float32)
+    with serving.here(tiny) as server:
+        port = server.server_address[1]
+        client = VLLMClient(server_port=port, group_port=serving.closed_port(), connection_timeout=5)
+        ids = client.generate(["1+2=", "3"], n=2, temperature=0.0, max_tokens=5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.07)
+        client.update_model_params(model)
+        client.reset_prefix_cache()
+        changed = client.generate(["1+2=", "3"], n=2, temperature=0.0, max_tokens=5)
+        client.close_communicator()
+        version = server.worker.version
+    ours, tokenizer = checkpoint.load(tiny.folder / "model")
+    expected = Engine(ours, tokenizer).generate([PROMPT, [4]], n=2, temperature=0.0, max_tokens=5)
+    assert ids == [e.ids for group in expected for e in group] and version == 1
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.mul_(1.07)
+    expected = Engine(ours, tokenizer).generate([PROMPT, [4]], n=2, temperature=0.0, max_tokens=5)
+    assert changed == [e.ids for group in expected for e in group]
+
+
 def test_64_clients_get_what_one_would(server, engine):
     bodies = [{"prompt": [2 + i % 9, 11, 3], "seed": i, "n": 1 + i % 3, "max_tokens": 5 + i % 20, "ignore_eos": i % 2 == 0,
                "temperature": 0.5 + (i % 4) / 4, "return_token_ids": True} for i in range(64)]  # fmt: skip

@@ -38,7 +38,7 @@ def folder(tiny, tmp_path_factory):
     made = tmp_path_factory.mktemp("world")
     (made / "trl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     model, tokenizer = checkpoint.load(tiny.folder / "model")
-    tokenizer.special_tokens["pad_token"] = "a"  # ends no text; TRL would pad with the end token, and score the one before
+    tokenizer.special_tokens["pad_token"] = "a"  # TRL would pad with the end token, and score what is before
     checkpoint.save(model, tokenizer, made / "model")
     return made
 
@@ -54,8 +54,8 @@ def common(output_dir, **options):
 
 def ours(folder, output_dir, script, **options):
     """A run on the same rows in TRL's order."""
-    words = ["--model", folder / "model", "--dataset", folder / "trl.jsonl", "--output_dir", output_dir, "--max_steps", 3,
-             "--examples_per_step", P, "--max_length", 30, "--learning_rate", RATE, "--dtype", "float32",
+    words = ["--model", folder / "model", "--dataset", folder / "trl.jsonl", "--output_dir", output_dir,
+             "--max_steps", 3, "--examples_per_step", P, "--max_length", 30, "--learning_rate", RATE, "--dtype", "float32",
              "--lr_scheduler_type", "constant", "--logging_steps", 1]  # fmt: skip
     words += [word for name, value in options.items() for word in (f"--{name}", value)]
     outcome = run([str(word) for word in words], script)
@@ -87,7 +87,7 @@ def dpo_trainer(folder, output_dir, **options):
 
 @pytest.fixture(scope="module")
 def moved(folder, tmp_path_factory):
-    """TRL's trainer and our model, both with the same weights, which are not the reference's any more; and the pairs."""
+    """TRL's trainer and our model, both with the same weights, not the reference's any more; and the pairs."""
     made = dpo_trainer(folder, tmp_path_factory.mktemp("trl"))
     generator = torch.Generator().manual_seed(0)
     model, tokenizer = checkpoint.load(folder / "model")
