@@ -54,7 +54,7 @@ def ours(section: str, dtype: str, model: str):
     import torch
 
     import minitrl
-    from minitrl import distributed, experience, grpo, packing, training
+    from minitrl import distributed, grpo, packing, training
 
     policy, tokenizer = minitrl.load(model, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def ours(section: str, dtype: str, model: str):
         )
         plan = grpo.micro_batches(rollouts, config, world)
         grpo.backward(policy, rollouts, {}, plan, config, run, state["step"])
-        experience.update(optimizer, 1e-6, run, state["step"], rollouts, plan)
+        optimizer.step(1e-6)
         state["step"] += 1
         assert rollouts.lengths_PG.sum() == TOKENS["step"] and all(map(len, plan))
 

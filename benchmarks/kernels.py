@@ -18,12 +18,15 @@ their results are there; and it times the CPU's path against its baselines, into
 """
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import logging
 import os
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -150,15 +153,40 @@ def timed_on_cpu(functions: dict, rounds: int = 5) -> dict:
 
 
 def peak(function, device: str) -> int | None:
-    """Bytes above those allocated before; on a CPU nobody counts."""
+    """Bytes above those allocated before; on a CPU, of the process, where Linux counts them."""
     if device == "cpu":
-        return None
+        return peak_of_process(function) if sys.platform == "linux" else None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_of_process(function) -> int:
+    """The most memory that the process has held during the call, less what it held before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would not count
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+    before = memory_of_process("VmRSS")
+    function()
+    return memory_of_process("VmHWM") - before
+
+
+def memory_of_process(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def head_memory(dtype, vocabulary: int, T: int = 512, D: int = 576) -> dict:
+    """What token_logprob takes forward and backward, beyond the weight's gradient, and how large its logits would be."""
+    case = kernel_cases.token_logprob(T, vocabulary, D)
+    inputs = make(case, dtype, "cpu")
+    both = parts(case.ways["minitrl"], inputs, case.leaves)["both"]
+    weight = inputs["weight"]
+    taken = peak_of_process(both) - weight.numel() * weight.element_size()
+    row = {"T": T, "V": vocabulary, "D": D, "dtype": str(dtype).removeprefix("torch."), "peak_bytes": taken}
+    return row | {"logits_bytes": 4 * T * vocabulary}
 
 
 def limits(device: str, dtype) -> tuple[float, float]:
@@ -329,6 +357,7 @@ def main() -> None:
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name()) if gpu else "cpu"
     value = {"command": f"python -m benchmarks.kernels --dtype {' '.join(options.dtype)}", "torch": torch.__version__}
     value |= {"device": name, "threads": None if gpu else options.threads, "limits": {}, "rows": []}
+    value |= {} if gpu else {"memory": []}
     if not gpu:
         value["predicted"] = predictions([c for c in kernel_cases.cases(True) if c.op in options.op], dtypes)
         print(predicted_table(value["predicted"]), known_without_gpu(), sep="\n\n", end="\n\n", flush=True)
@@ -340,6 +369,11 @@ def main() -> None:
         limit = limits(device, dtype)
         value["limits"][str(dtype)] = limit
         print(f"{name}, {dtype}: copies at {limit[0] / 1e9:.0f} GB/s, products at {limit[1] / 1e12:.2f} TFLOP/s")
+        if not gpu and "token_logprob" in options.op:
+            for row in (head_memory(dtype, V) for V in (32_768, 151_936, 262_144)):
+                value["memory"].append(row)
+                print("token_logprob forward and backward, V {V}, {dtype}: ".format(**row), end="")
+                print("{:.0f} MiB above the weight and its gradient".format(row["peak_bytes"] / 2**20))
         for case in found:
             if dtype != torch.float32 and len(case.float32) and torch.float32 in dtypes:
                 continue  # its inputs are float32 whatever the model's dtype is

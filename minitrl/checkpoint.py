@@ -319,7 +319,7 @@ def save_state(output_dir, step: int, tensors: dict[str, dict[str, Tensor]], sta
         for stem, named in tensors.items():
             path = temporary / f"{stem}.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
         body = {"format": STATE_FORMAT, "version": STATE_VERSION, "step": step, "files": files, "state": state}
         body = json.loads(json.dumps(body))  # as it will be read, so that both sides digest the same text
         write_json(temporary / "state.json", {"sha256": _digest_of(body), **body})
@@ -384,12 +384,13 @@ def _verified(folder: Path, step: int) -> dict:
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != expected["size"]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes of {expected['size']}")
-        if _digest(path) != expected["sha256"]:
+        if digest(path) != expected["sha256"]:
             raise ValueError(f"{name} was changed after it was written")
     return body
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

@@ -25,17 +25,19 @@ import yaml
 
 # Options of TRL, transformers and accelerate that have another name here, or another place.
 REPLACED = {
-    "per_device_train_batch_size": "--prompts_per_step (over all processes) and --tokens_per_microbatch (what fits)",
+    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (over all processes) and --tokens_per_microbatch",
     "gradient_accumulation_steps": "--tokens_per_microbatch: a step is cut into micro-batches of that many tokens",
     "generation_batch_size": "--prompts_per_step times --num_generations",
     "steps_per_generation": "--num_iterations: every optimizer step trains on the whole generated batch",
     "per_device_eval_batch_size": "nothing: the engine batches by itself",
+    "padding_free": "nothing: nothing is ever padded",
+    "max_seq_length": "--max_length",
     "auto_find_batch_size": "--tokens_per_microbatch",
     "model_name_or_path": "--model",
     "dataset_name": "--dataset FILE.jsonl",
     "dataset_test_split": "--eval_dataset FILE.jsonl",
     "reward_funcs": "--reward FILE.py:FUNCTION",
-    "reward_model_name_or_path": "--reward FILE.py:FUNCTION",
+    "reward_model_name_or_path": "--reward FOLDER",
     "bf16": "--dtype bfloat16 (the default; master weights are float32)",
     "fp16": "--dtype bfloat16",
     "torch_dtype": "--dtype",

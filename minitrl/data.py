@@ -7,13 +7,14 @@ Every other key is a column, which the reward functions receive. Demonstrations 
 
     {"prompt": ..., "completion": ...}    {"messages": [...]}    {"text": "..."}
 
-where prompt and completion are both text or both messages, and other keys are passed over. The order of training is a
-pure function of (seed, position): there is no iterator whose state would have to be saved, and a resumed run, or one
-with another number of ranks, reads the same rows in the same order.
+where prompt and completion are both text or both messages, and other keys are passed over. Preferences: pairs.py.
+The order of training is a pure function of (seed, position): there is no iterator whose state would have to be saved,
+and a resumed run, or one with another number of ranks, reads the same rows in the same order.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -45,7 +46,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises ValueError naming the file, and the line where there is one: no such file, parquet, no rows, bytes that are
     not UTF-8, bad JSON, something other than an object, a key given twice, NaN or infinity, half of a surrogate pair.
     """
-    return [row for _, row in _numbered_rows(Path(path))]
+    return [row for _, row in numbered_rows(Path(path))]
 
 
 def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> tuple[list[dict[str, Any]], int]:
@@ -57,10 +58,10 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
     get the same columns: where a row lacks one that another row has, it holds None, and a reward may answer None.
     """
     rows, dropped = [], 0
-    for line, row in _numbered_rows(Path(path)):
+    for line, row in numbered_rows(Path(path)):
         columns = dict(row)
         try:
-            prompt = _checked_prompt(columns)
+            prompt = checked_prompt(columns)
             ids = tokenizer.prompt_ids(prompt)
             if not ids:
                 raise ValueError("the prompt has no tokens; the first token needs something to be predicted from")
@@ -80,11 +81,18 @@ def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> 
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:
-    """A digest of what `load_prompts` gave: the ids of every prompt and every column, in order."""
+    """A digest of what `load_prompts` or `pairs.load_preferences` gave: all ids and all columns, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row["prompt_ids"], row["columns"]]).encode())
+        digest.update(json.dumps([value for name, value in row.items() if name != "prompt"]).encode())
     return digest.hexdigest()
+
+
+def ended(tokenizer, ids: list[int]) -> list[int]:
+    """The ids, with an end token last."""
+    if not tokenizer.end_ids:
+        raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
+    return ids if ids and ids[-1] in tokenizer.end_ids else [*ids, tokenizer.end_ids[0]]
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def load_demonstrations(
     """
 
     def demonstrations() -> Iterator[tuple[list[int], bytes]]:
-        for line, row in _numbered_rows(Path(path)):
+        for line, row in numbered_rows(Path(path)):
             try:
                 yield _demonstration(row, tokenizer, completion_only, assistant_only)
             except ValueError as error:
@@ -211,14 +219,14 @@ def _write(pairs, arrays, flush: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _write_files(pairs, folder: Path) -> None:
-    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes."""
+def _write_files(pairs, folder: Path, at_least: int = 2**20) -> None:
+    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes; so many tokens at once."""
     arrays = array("i"), bytearray(), array("q"), array("q")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / name, "wb")) for name in FLAT]
 
-        def flush(at_least: int = 2**20) -> None:
-            if len(arrays[0]) >= at_least:
+        def flush(least: int = at_least) -> None:
+            if len(arrays[0]) >= least:
                 for file, part in zip(files, arrays):
                     file.write(part)
                     del part[:]
@@ -259,7 +267,7 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
         if plain:
             row, before = {"text": prompt + completion}, prompt
         else:
-            _check_messages(prompt, "prompt")
+            check_messages(prompt, "prompt")
             row, before = {"messages": prompt + completion}, tokenizer.render(prompt)
         unlearnt = 0 if completion_only is False else len(before)
     elif completion_only:
@@ -271,7 +279,7 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
             raise ValueError(f"text must be text, not {str(row['text'])[:60]!r}")
         pieces = [(row["text"], True)]
     else:
-        _check_messages(row["messages"], "messages")
+        check_messages(row["messages"], "messages")
         if assistant_only:
             pieces = tokenizer.turns(row["messages"])
         else:
@@ -280,11 +288,10 @@ def _demonstration(row: dict, tokenizer, completion_only: bool | None, assistant
             raise ValueError("the chat template writes the prompt in another way alone than before its completion, so "
                              "where the completion begins can't be told; use another template, or "
                              "--no_completion_only_loss")
-    ids, mask = _encode(tokenizer, _cut(pieces, unlearnt))
-    if plain and (not ids or ids[-1] not in tokenizer.end_ids):
-        if not tokenizer.end_ids:
-            raise ValueError("the tokenizer has no end token to end the text with; name one in generation_config.json")
-        ids, mask = [*ids, tokenizer.end_ids[0]], mask + b"\1"
+    ids, mask = encode_pieces(tokenizer, _cut(pieces, unlearnt))
+    if plain:
+        ids = ended(tokenizer, ids)
+        mask = mask.ljust(len(ids), b"\1")
     return ids, mask
 
 
@@ -302,7 +309,7 @@ def _cut(pieces: list[tuple[str, bool]], unlearnt: int) -> list[tuple[str, bool]
     return joined
 
 
-def _encode(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], bytes]:
+def encode_pieces(tokenizer, pieces: list[tuple[str, bool]]) -> tuple[list[int], bytes]:
     """The ids of the joined text and their mask, where every piece begins with a token of its own.
 
     Where a token would reach over such a boundary the pieces are encoded one by one: a prompt then has the ids that it
@@ -330,9 +337,13 @@ def order(n: int, start: int, count: int, seed: int) -> list[int]:
         raise ValueError(f"order needs n >= 1, the rest >= 0, not n={n}, start={start}, count={count}, seed={seed}")
     rows = []
     for epoch in range(start // n, -(-(start + count) // n)):
-        permutation = numpy.random.default_rng((seed, epoch)).permutation(n)
-        rows += permutation[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
+        rows += _permutation(n, seed, epoch)[max(start - epoch * n, 0) : start + count - epoch * n].tolist()
     return rows
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> numpy.ndarray:
+    return numpy.random.default_rng((seed, epoch)).permutation(n)
 
 
 def seed_of(seed: int, place: int) -> int:
@@ -340,7 +351,7 @@ def seed_of(seed: int, place: int) -> int:
     return int(numpy.random.SeedSequence((seed, place)).generate_state(1, numpy.uint64)[0] >> 1)
 
 
-def _numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of every line that is not blank. Lines end at \\n only: U+2028 may stand in a JSON string."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a data set is a JSONL file with one object a line")
@@ -387,7 +398,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; leave the key out or write null")
 
 
-def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
+def checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
     """Takes the prompt out of a row's columns; ValueError if it, or a column's name, is not what rewards expect."""
     if "prompt" not in columns:
         raise ValueError(f'no "prompt"; this row has {", ".join(columns) or "no keys"}')
@@ -397,13 +408,13 @@ def _checked_prompt(columns: dict[str, Any]) -> str | list[dict[str, str]]:
     prompt = columns.pop("prompt")
     if isinstance(prompt, str):
         return prompt
-    _check_messages(prompt, "prompt")
+    check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's, but the completion is to be a new one")
     return prompt
 
 
-def _check_messages(messages: Any, name: str) -> None:
+def check_messages(messages: Any, name: str) -> None:
     """ValueError unless it is a list of messages."""
     if not isinstance(messages, list) or not messages:
         either = "text or " if name == "prompt" else ""

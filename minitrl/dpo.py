@@ -1,6 +1,6 @@
 """DPO: direct preference optimisation (arXiv 2305.18290), from pairs of answers to a better policy in one file.
 
-    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             data.load_preferences
+    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             pairs.load_preferences
     2  the policy as it starts is the reference: its log-probs of all answers, once, kept on disk     reference_logprobs
     3  take the next `examples_per_step` pairs, divide them into micro-batches of so many tokens, each prompt standing
        once before both answers                                                          pairs.batches
@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, distributed, losses, pairs, runs, toy, training
+from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse, require
 from .rollout import context_length
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if not held_out:
             return {}
         metrics = learn(policy, held_out, reference[len(rows) :], [], config, world, state, None)
-        return {f"eval/{name}": value for name, value in metrics.items() if name not in ("tokens", "offending")}
+        return {f"eval/{name}": value for name, value in metrics.items() if name not in pairs.OF_A_STEP}
 
     return training.fit(
         run,
@@ -95,6 +95,7 @@ def load(config: Config, run):
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
         return policy, tokenizer, *toy.preferences(config.seed)
     policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+    lora.adapt(policy, config, world)
     tokenizer.now = run.began
     return policy, tokenizer, *pairs.load(config, tokenizer, context_length(policy.config), world)
 
@@ -131,11 +132,11 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
 @torch.no_grad()
 def score(policy, rows: list[dict], config: Config, world) -> Tensor:
     """(N, 2) float32 on the CPU: the log-probs of each row's answers under the policy, the same on every rank."""
-    logprobs_N2 = torch.zeros(len(rows), 2)
+    logprobs_N2 = torch.zeros(len(rows), 2, device=world.device)
     for members, pack in pairs.batches(rows, config, world):
-        logprobs_N2[members] = answer_logprobs(policy, pack)[0].cpu()
+        logprobs_N2[members] = answer_logprobs(policy, pack)[0].float()
     distributed.sum_([logprobs_N2], world)
-    return logprobs_N2
+    return logprobs_N2.cpu()
 
 
 def answer_logprobs(policy, pack) -> tuple[Tensor, Tensor]:
@@ -166,16 +167,18 @@ def learn(policy, rows, reference_P2, indices, config: Config, world, state: dic
         mean = config.beta * (known_P2 - reference_P2).mean().item()
         options["delta"] += (mean - options["delta"]) / (step + 1)
         [pull_P2] = torch.autograd.grad(loss_of(known_P2.requires_grad_()), known_P2)
-    logprobs_P2, entropy, offending = torch.zeros(len(rows), 2), torch.zeros(1), []
+    logprobs_P2, entropy = torch.zeros(len(rows), 2, device=world.device), torch.zeros(1, device=world.device)
+    offending = []
     for members, pack in pairs.batches(rows, config, world):
         logprobs, entropies = answer_logprobs(policy, pack)
         if step is not None:
             share = (logprobs * pull_P2[members].to(logprobs.device)).sum() if whole else loss_of(logprobs, members)
             share.backward()
-        logprobs_P2[members] = logprobs.detach().cpu()
-        entropy += entropies.cpu()
-        offending += [p for p in members if not logprobs_P2[p].isfinite().all()]
+        logprobs_P2[members] = logprobs.detach().float()
+        entropy += entropies.float()
+        offending += [p for p, sound in zip(members, logprobs.isfinite().all(1).tolist()) if not sound]
     distributed.sum_([logprobs_P2, entropy], world)
+    logprobs_P2 = logprobs_P2.cpu()
     rewards_P2 = config.beta * (logprobs_P2 - reference_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     return {

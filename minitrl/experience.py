@@ -6,7 +6,7 @@ many ranks there are.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from . import checkpoint, data, lora, rewards, toy
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
-from .rollout import Sampling, context_length
-from .training import NotFinite
+from .rollout import context_length
+from .sampling import Sampling
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
@@ -41,6 +41,8 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
+    rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
+    rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
     deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
@@ -51,7 +53,8 @@ class RolloutOptions(CommonOptions):
             self.must(getattr(self, name) >= 1, name, "at least 1")
         self.must(self.temperature > 0, "temperature", "above 0, or the completions of a group are all the same")
         Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)  # checks its own
-        self.must(0 < self.reward_timeout <= 1e6, "reward_timeout", "above 0 and at most 1e6 seconds")
+        for name in ("reward_timeout", "rollout_timeout"):
+            self.must(0 < getattr(self, name) <= 1e6, name, "above 0 and at most 1e6 seconds")
         cache = self.max_completion_length if self.overlong_cache is None else self.overlong_cache
         self.must(0 < cache <= self.max_completion_length, "overlong_cache", "from 1 to --max_completion_length")
         longest = self.max_prompt_length + self.max_completion_length
@@ -129,6 +132,12 @@ class Rollouts:
         """(R,) each completion's value at each of its tokens."""
         return values_PG.flatten().repeat_interleave(self.lengths_PG.flatten())
 
+    def ids(self, micro_batches) -> dict[str, list]:
+        """Prompts and completions of micro-batches, for a file."""
+        parts = [part for batch in micro_batches for part in batch]
+        completions = [[self.completion(p, g) for g in members] for p, members in parts]
+        return {"groups": [{"prompt": self.prompt(p), "completions": c} for (p, _), c in zip(parts, completions)]}
+
     def plan(self, chosen_PG: Tensor, capacity: int, ranks: int) -> list[list]:
         """Per rank its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
         members = [row.nonzero()[:, 0].tolist() for row in chosen_PG]
@@ -153,8 +162,8 @@ def advantages(rewards_PG: Tensor, scale_rewards: str = "group", estimator: str 
         TRL: GRPOTrainer._generate_and_score_completions (unbiased deviation, 1e-4 added).
     rloo: reward minus the mean of the group's n - 1 others, which is n / (n - 1) times reward minus the group's mean
         (arXiv 2402.14740; TRL: RLOOTrainer).
-    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, where every token counts (lengths_PG),
-        not every completion (arXiv 2501.03262).
+    reinforce_plus_plus: reward minus the mean over the batch, over its deviation, of tokens and not of completions
+        (lengths_PG; arXiv 2501.03262).
 
     Samples without a reward (NaN) are left out of mean and deviation and get 0. A group whose rewards are all equal, or
     for reinforce_plus_plus such a batch, gets exactly 0, where rounding would leave 1e-8 / 1e-4.
@@ -191,9 +200,11 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
-def load(config: RolloutOptions, functions, eval_functions, run):
-    """(policy, tokenizer, rows to train on, rows to evaluate on): of --model and --dataset, or the embedded default."""
+def load(config: RolloutOptions, run):
+    """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
+    functions = rewards.load_rewards(config.reward)
+    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: print0(world, text))
         rows, eval_rows = toy.datasets(config.seed)
@@ -215,6 +226,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
     room = context_length(policy.config) - longest
     require(config.max_completion_length <= room, "max_completion_length", config.max_completion_length,
             f"at most {room}: the longest prompt has {longest} tokens, the model positions for {longest + room}")
+    rewards.open_models(functions + eval_functions, tokenizer, world.device, partial(print0, world))
     rewards.check_columns(functions, rows[0]["columns"])
     if eval_rows:
         rewards.check_columns(eval_functions, eval_rows[0]["columns"])
@@ -222,7 +234,7 @@ def load(config: RolloutOptions, functions, eval_functions, run):
         print0(world, "warning: --top_p, --top_k, --min_p and --repetition_penalty change what is sampled; the policy "
                "is trained on its log-probs without them (temperature alone), and sampling/sampling_logp_difference "
                "shows the change")
-    return policy, tokenizer, rows, eval_rows
+    return policy, tokenizer, rows, functions, eval_rows, eval_functions
 
 
 def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
@@ -291,7 +303,7 @@ def generate_and_score(
     repeated = [row for row in mine for _ in range(G)]
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
-        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling) if mine else []
+        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling)
         completions = [completion for group in groups for completion in group]
         rewards_NF = rewards.score(
             functions,
@@ -327,29 +339,30 @@ def generate_and_score(
 
 
 @torch.no_grad()
-def measure(compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
-    """`count` tensors (R,) float32 about the planned completions' tokens, the same on every rank; 0 for the others.
+def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) -> list[Tensor]:
+    """`count` tensors (R,) about the planned completions' tokens, the same on every rank; 0 for the others.
 
-    compute(pack, completion_T) gives them for a micro-batch, as (T,).
+    compute(pack, completion_T) gives them for a micro-batch, as (T,). float32, or float64 where the model is.
     """
-    found = torch.zeros(count, len(rollouts.tokens_R))
+    dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
+    found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
-        found[:, index_C] = torch.stack([values_T[scored_T].float().cpu() for values_T in compute(pack, scored_T)])
+        found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
     sum_([found], world)
     return list(found)
 
 
 def score(model, rollouts: Rollouts, plan, config: RolloutOptions, world: World) -> list[Tensor]:
     """[logprobs_R, entropy_R] of the planned completions under `model`; see `measure`."""
-    return measure(lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
+    return measure(model, lambda *packed: model.logprobs(*packed, config.temperature), 2, rollouts, plan, world)
 
 
-def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor) -> dict[str, Tensor]:
+def spread(values_R: dict[str, Tensor], index_C: Tensor, mask_T: Tensor, like_T: Tensor) -> dict[str, Tensor]:
     """Of each tensor (R,) what belongs to a micro-batch's completion tokens (`Rollouts.pack`), as (T,), 0 elsewhere."""
-    zeros_T = torch.zeros(len(mask_T), device=mask_T.device)
-    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(mask_T.device)) for name, x_R in values_R.items()}
+    zeros_T = torch.zeros_like(like_T, requires_grad=False)
+    return {name: zeros_T.masked_scatter(mask_T, x_R[index_C].to(like_T)) for name, x_R in values_R.items()}
 
 
 def with_advantages(rollouts: Rollouts, scale_rewards: str, estimator: str = "grpo") -> Rollouts:
@@ -372,29 +385,6 @@ def select_groups(parts: list[Rollouts], chosen: list[tuple[int, int]]) -> Rollo
             else:
                 values.append(whole[tokens] if name.endswith("_R") else whole[p : p + 1])
     return Rollouts(**{name: torch.cat(values) for name, values in picked.items()})
-
-
-def update(optimizer, rate: float, run, step: int, rollouts: Rollouts, plan) -> float:
-    """The optimizer's step; returns the gradient's norm before clipping."""
-    try:
-        return optimizer.step(rate)
-    except NotFinite as error:
-        stop_before_update(run, step, str(error), rollouts, plan[run.world.rank])
-
-
-def stop_before_update(run, step: int, what: str, rollouts: Rollouts, batches):
-    """NaN or infinity: save the ids it came with and stop all ranks; the weights are still those of the step before."""
-    groups = [
-        {"prompt": rollouts.prompt(p), "completions": [rollouts.completion(p, g) for g in members]}
-        for batch in batches
-        for p, members in batch
-    ]
-    name = f"not_finite_step_{step + 1}_rank_"
-    if groups:  # other ranks may have them
-        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "groups": groups})
-    files = f"{run.config.output_dir}/{name}*.json"
-    remedy = "lower --learning_rate or --max_grad_norm"
-    raise NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")
 
 
 def evaluate(engine, rows, functions, config: RolloutOptions, world, step: int) -> dict[str, float]:

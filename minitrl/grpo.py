@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, lora, losses, rewards, runs, toy, training
+from . import distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
-from .rollout import Engine
 
 # Options of the loss that go to losses.grpo_loss as they are.
 LOSS_OPTIONS = (
@@ -75,14 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PRESET)
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
-    functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     reference = lora.reference_of(policy) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
-    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
@@ -107,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                     with lora.as_reference(reference):
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
-                rate = config.learning_rate * factor
-                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
-                metrics |= {"grad_norm": norm, "learning_rate": rate}
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
@@ -129,14 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < total:
-        return interrupt.exit_code
-    if world.rank == 0:
-        kind = lora.save(policy, tokenizer, f"{config.output_dir}/final")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a {kind} folder", flush=True)
-    return 0
+    return interrupt.exit_code if step < total else training.finish(run, {"final": policy}, tokenizer)
 
 
 def generate(
@@ -214,8 +201,8 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
-        given_T = experience.spread(per_token_R, index_C, mask_T)
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(per_token_R, index_C, mask_T, like_T=logprobs_T)
         old_T, advantages_T = logprobs_T.detach() if on_policy else given_T["old"], given_T["advantages"]
         if config.vllm_importance_sampling_correction:  # a weight is not negative: it may go into the advantage
             bounds = config.vllm_importance_sampling_clip_max, config.vllm_importance_sampling_clip_min
@@ -253,7 +240,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     return metrics
 
 
@@ -291,13 +278,13 @@ def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
     must = config.must
     must(config.num_iterations >= 1, "num_iterations", "at least 1")
-    whole_batch = config.advantage_estimator == "reinforce_plus_plus"  # it compares with all completions of the step
-    enough = config.num_generations >= (1 if whole_batch else 2)
-    must(enough, "num_generations", "at least 2, since completions of a group are compared")
-    scaled = config.advantage_estimator == "grpo" or config.scale_rewards == "group"
-    own = f"left out with --advantage_estimator {config.advantage_estimator}, which has its own"
-    must(scaled, "scale_rewards", own)
-    must(not (whole_batch and config.dynamic_sampling), "dynamic_sampling", own.replace("its own", "no groups"))
+    estimator = config.advantage_estimator
+    grouped = estimator != "reinforce_plus_plus"  # which compares with all completions of the step
+    enough = "at least 2, since completions of a group are compared" if grouped else "at least 1"
+    must(config.num_generations >= 1 + grouped, "num_generations", enough)
+    left_out = f"left out with --advantage_estimator {estimator}"
+    must(estimator == "grpo" or config.scale_rewards == "group", "scale_rewards", f"{left_out}, which has its own")
+    must(grouped or not config.dynamic_sampling, "dynamic_sampling", f"{left_out}, which compares no groups")
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     must(high is None or 0 < high, "vllm_importance_sampling_clip_max", "above 0")
     below = low is None or 0 <= low < (math.inf if high is None else high)

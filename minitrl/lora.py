@@ -128,7 +128,7 @@ def attach(model: Model, settings: dict, dropout: float = 0.0, seed: int = 0, wh
         hint = "".join(f"; did you mean {near}?" for near in get_close_matches(name, known, n=1))
         raise ValueError(f"{where} {name}: is none of {', '.join(known)}, nor all-linear alone{hint}")
     model.requires_grad_(False)
-    if head(model):
+    if model.score is not None:
         model.score.requires_grad_(True)
     model.adapters, generator = Adapters(settings | {"target_modules": targets}, dropout), torch.Generator()
     generator.manual_seed(seed)
@@ -139,14 +139,9 @@ def attach(model: Model, settings: dict, dropout: float = 0.0, seed: int = 0, wh
             model.adapters.all.append(linear.adapter)
 
 
-def head(model: Model) -> bool:
-    """Whether the model has a scalar head."""
-    return getattr(model, "score", None) is not None
-
-
 def tensors(model: Model) -> dict[str, nn.Parameter]:
     """What is trained, by its name in PEFT's file."""
-    found = {"base_model.model.score.weight": model.score.weight} if head(model) else {}
+    found = {"base_model.model.score.weight": model.score.weight} if model.score is not None else {}
     for adapter in model.adapters.all:
         for name in adapter.A:
             module = f"base_model.model.{adapter.projections[name][0]}"
@@ -215,9 +210,9 @@ def save(model: Model, tokenizer: Tokenizer, folder) -> str:
     if model.adapters is None:
         checkpoint.save(model, tokenizer, folder)
         return "Hugging Face"
-    plain = {"peft_type": "LORA", "task_type": "SEQ_CLS" if head(model) else "CAUSAL_LM", "bias": "none",
-             "fan_in_fan_out": False, "modules_to_save": ["classifier", "score"] if head(model) else None,
-             "lora_dropout": model.adapters.dropout, "inference_mode": True}  # fmt: skip
+    head = model.score is not None
+    plain = {"peft_type": "LORA", "bias": "none", "lora_dropout": model.adapters.dropout, "inference_mode": True,
+             "task_type": "SEQ_CLS" if head else "CAUSAL_LM", "modules_to_save": ["classifier", "score"] if head else None}
     checkpoint.refuse_strangers(folder)
     with checkpoint.published(Path(os.path.realpath(folder))) as temporary:
         write_json(temporary / ADAPTER_CONFIG, model.adapters.settings | plain)
@@ -261,13 +256,15 @@ def load(model: Model, folder, dropout: float = 0.0) -> None:
         adapter.start = tuple(part.clone() for part in adapter.stacked())
 
 
-def open_model(name: str, dtype: torch.dtype, device="cpu") -> tuple[Model, Tokenizer]:
-    """`checkpoint.load`, or of a folder that holds an adapter alone: the base that it names, and the adapter."""
-    path = Path(name) / ADAPTER_CONFIG
-    if not path.is_file() or (path.parent / "config.json").is_file():
-        return checkpoint.load(name, dtype, device)
-    model, tokenizer = checkpoint.load(read_json(path).get("base_model_name_or_path") or "", dtype, device)
-    load(model, name)
+def open_model(folder: str, base: str | None = None, dtype=torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
+    """`checkpoint.load`, or, of a folder with an adapter alone, the base (by default the one it names) with it on."""
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return checkpoint.load(folder, dtype, device)
+    settings = read_json(path)
+    base = base or settings.get("base_model_name_or_path") or "none"
+    model, tokenizer = checkpoint.load(base, dtype, device, scalar_head=settings.get("task_type") == "SEQ_CLS")
+    load(model, folder)
     return model, tokenizer
 
 
@@ -276,8 +273,8 @@ class MergeOptions:
     """Write one Hugging Face folder of a base and an adapter."""
 
     adapter: str  # folder of the adapter
-    model: str  # its base, a folder or a Hub id
     output_dir: str  # the folder to write
+    model: str | None = None  # its base; none: the one that the adapter names
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of what is written; the sum is made in float32
 
 
@@ -285,10 +282,11 @@ def main(argv: list[str] | None = None) -> int:
     """`merge`: all that can be asked for."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] != ["merge"]:
-        raise ValueError("python -m minitrl.lora merge --adapter FOLDER --model FOLDER --output_dir OUT")
+        raise ValueError("python -m minitrl.lora merge --adapter FOLDER --output_dir OUT [--model FOLDER]")
     options = parse(MergeOptions, argv[1:])
-    model, tokenizer = checkpoint.load(options.model)
-    load(model, options.adapter)
+    model, tokenizer = open_model(options.adapter, options.model)
+    if model.adapters is None:
+        raise ValueError(f"--adapter {options.adapter}: no {ADAPTER_CONFIG} is there")
     merge_(model)
     checkpoint.save(model, tokenizer, options.output_dir, getattr(torch, options.dtype))
     print(f"done: {options.output_dir} is a Hugging Face folder")

@@ -212,7 +212,7 @@ def reward_loss(chosen_P, rejected_P, margins_P=0.0, center_rewards_coefficient=
 
 
 def kl_estimate(logprobs_R, ref_logprobs_R, kl_estimator="k1"):
-    """(R,) each token's estimate of KL(policy || reference) from its log-probs (Schulman, joschu.net/blog/kl-approx.html).
+    """(R,) each token's estimate of KL(policy || reference) from its log-probs (joschu.net/blog/kl-approx.html).
 
     k1 = log pi - log ref, unbiased, maybe negative; k3 = exp(-k1) - 1 + k1, unbiased and never negative.
     """
@@ -240,7 +240,7 @@ def gae(rewards_R, values_R, lengths_N, gamma=1.0, lam=0.95):
 
 
 def whiten(x_R, shift_mean=True):
-    """(x - mean) / sqrt(variance + 1e-8), the variance unbiased (TRL: masked_whiten); without shift_mean plus the mean."""
+    """(x - mean) / sqrt(unbiased variance + 1e-8), and without shift_mean the mean added again (TRL: masked_whiten)."""
     variance, mean = torch.var_mean(x_R, correction=min(1, len(x_R) - 1)) if len(x_R) else (x_R, x_R)
     whitened_R = (x_R - mean) * torch.rsqrt(variance + 1e-8)
     return whitened_R if shift_mean else whitened_R + mean
@@ -286,7 +286,7 @@ def ppo_loss(
         "loss/value_avg": value.detach(),
         "policy/approxkl_avg": 0.5 * difference.square().sum() / tokens,
         "policy/clipfrac_avg": shares["clip_ratio/region_mean"],
-        "val/clipfrac_avg": (bound > free).sum() / tokens,
+        "val/clipfrac_avg": (bound > free).to(value).sum() / tokens,
         "val/ratio": ratio.sum() / tokens,
         "val/ratio_squared": ratio.square().sum() / tokens,
     }

@@ -385,7 +385,8 @@ class Model(nn.Module):
         transformers' XForSequenceClassification has the same number as its logit.
         """
         assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
-        return (self.forward(pack).float() @ self.score.weight.float().T)[:, 0]
+        wide = torch.promote_types(self.score.weight.dtype, torch.float32)
+        return (self.forward(pack).to(wide) @ self.score.weight.to(wide).T)[:, 0]
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""

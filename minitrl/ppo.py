@@ -10,12 +10,12 @@
     7  sum the gradients over micro-batches and ranks, clip, take an AdamW step: 5 to 7 for each minibatch, and all
        minibatches `num_ppo_epochs` times
 
-Policy and value model are two models under one optimizer and one norm of gradients, as in TRL 0.16.0. All is as exact as
-in grpo.py, which is read first: statistics and divisions are over all tokens of all ranks. An optimizer step is a step.
+Policy and value model are two models under one optimizer and one norm of gradients. All is as exact as in grpo.py,
+which is read first: statistics and divisions are over the tokens of all ranks. Each optimizer step is a step.
 Without --model and --dataset a tiny model learns a tiny task within minutes on a CPU:
 
     torchrun -m minitrl.ppo
-    torchrun --nproc_per_node 8 -m minitrl.ppo --model sft/final --value_model rm/final --reward rm/final --dataset p.jsonl
+    torchrun --nproc_per_node 8 -m minitrl.ppo --model sft --reward rm/final --value_model rm/final --dataset math.jsonl
 """
 
 import copy
@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, losses, rewards, runs, toy, training
+from . import checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
-from .rollout import Engine, context_length
+from .rollout import context_length
 
 # What losses.ppo_loss says of each minibatch, in TRL 0.16.0's names where it has it.
 MEANS = (
@@ -44,6 +44,7 @@ class Config(RolloutOptions):
     """Train a language model with PPO. Names and defaults are TRL 0.16.0's, and of what PPO shares with GRPO 1.16's."""
 
     num_generations: int = 1  # completions of each prompt
+    lora_dropout: float = 0.0  # share of adapters' inputs that training sets to 0 (TRL: off)
     value_model: str | None = None  # folder to start the value model from, say the reward model's; none: the policy's
     num_ppo_epochs: int = 4  # passes over each generation
     num_mini_batches: int = 1  # optimizer steps in each pass
@@ -56,6 +57,7 @@ class Config(RolloutOptions):
     cliprange: float = 0.2  # the ratio is clipped to 1 - cliprange .. 1 + cliprange
     cliprange_value: float = 0.2  # the value is clipped to as much around what it was when sampled
     vf_coef: float = 0.1  # weight of the value loss
+    lora_dropout: float = 0.0  # share of the adapters' inputs set to 0: ratios would not begin at 1 (TRL: no dropout)
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PPO_PRESET)
     world = distributed.start(config.device, config.timeout)
     run = runs.Run(config, world)
-    functions = rewards.load_rewards(config.reward)
-    eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    policy, tokenizer, rows, eval_rows = experience.load(config, functions, eval_functions, run)
+    policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
+    reference = lora.reference_of(policy) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
-    engine = Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
+    engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
     given = experience.inputs(config, policy, rows, eval_rows)
@@ -98,10 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = minibatch(rollouts, step, config, world)
                 metrics = backward(policy, value_model, rollouts, known, plan, config, run, step)
-                factor = training.schedule(config.lr_scheduler_type, step, config.warmup_steps, total)
-                rate = config.learning_rate * factor
-                norm = experience.update(optimizer, rate, run, step, rollouts, plan)
-                metrics |= {"grad_norm": norm, "learning_rate": rate}
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
             step, cursor = step + 1, cursor + fresh * config.prompts_per_step
             metrics |= experience.rollout_metrics(rollouts, functions) | objective(rollouts, known, config)
             metrics["episode"] = cursor * config.num_generations
@@ -115,15 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < total:
-        return interrupt.exit_code
-    if world.rank == 0:
-        for name, model in (("final", policy), ("value_model", value_model)):
-            checkpoint.save(model, tokenizer, f"{config.output_dir}/{name}")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
-    return 0
+    trained = {"final": policy, "value_model": value_model}
+    return interrupt.exit_code if step < total else training.finish(run, trained, tokenizer)
 
 
 def load_value_model(policy, tokenizer, config: Config, world):
@@ -134,6 +124,7 @@ def load_value_model(policy, tokenizer, config: Config, world):
     value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
+    lora.adapt(value_model, replace(config, adapter=None, model=config.value_model), world)
     longest = config.max_prompt_length + config.max_completion_length
     room = context_length(value_model.config)
     require(longest <= room, "value_model", config.value_model, f"a model with {longest} positions; it has {room}")
@@ -143,20 +134,23 @@ def load_value_model(policy, tokenizer, config: Config, world):
 def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, world) -> tuple[Rollouts, dict]:
     """What stays as it is while the rollouts are trained on, the same on every rank: (rollouts, {name: (R,) float32}).
 
-    old, kl: of each token the log-prob under the policy that sampled it, and the KL estimate where there is a reference.
+    old, kl: each token's log-prob under the policy that sampled it, and the KL estimate where there is a reference.
     values, advantages, returns: before each token; the rollouts get each completion's mean advantage, for the record.
     A completion to which no reward applies is left out of all, and not trained on.
     """
     scored_PG = ~rollouts.rewards_PG.isnan()
     plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world.size)
     old_R, _ = experience.score(policy, rollouts, plan, config, world)
-    [values_R] = experience.measure(lambda pack, _: [values_before(value_model, pack)], 1, rollouts, plan, world)
+    values_of = lambda pack, _: [values_before(value_model, pack)]
+    [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
     known, rewards_R = {"old": old_R, "values": values_R}, torch.zeros(len(old_R), dtype=torch.float64)
     if reference:
-        reference_R, _ = experience.score(reference, rollouts, plan, config, world)
+        with lora.as_reference(reference):
+            reference_R, _ = experience.score(reference, rollouts, plan, config, world)
         known["kl"] = losses.kl_estimate(old_R, reference_R, config.kl_estimator)
         rewards_R -= config.kl_coef * known["kl"]
     lengths_N = rollouts.lengths_PG.flatten()
+    assert lengths_N.min() > 0, "a completion has at least the token that ends it"
     last_N = lengths_N.cumsum(0) - 1  # the token at which a completion ends: its end token, or where it was cut
     rewards_R[last_N] += scores(rollouts, config).flatten().nan_to_num(nan=0.0)
     kept_R = rollouts.per_token(scored_PG)
@@ -164,7 +158,7 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
         rewards_R[kept_R] = losses.whiten(rewards_R[kept_R], shift_mean=False)
     advantages_R, returns_R = losses.gae(rewards_R, values_R, lengths_N.tolist(), config.gamma, config.lam)
     advantages_R[kept_R] = losses.whiten(advantages_R[kept_R])
-    known |= {"advantages": advantages_R.float(), "returns": returns_R.float()}
+    known |= {"advantages": advantages_R.to(old_R), "returns": returns_R.to(old_R)}
     sums_N = torch.zeros(len(lengths_N), dtype=torch.float64)
     sums_N.index_add_(0, torch.arange(len(lengths_N)).repeat_interleave(lengths_N), advantages_R)
     mean_PG = (sums_N / lengths_N).float().view_as(scored_PG)
@@ -183,7 +177,7 @@ def values_before(value_model, pack) -> Tensor:
 
 
 def minibatch(rollouts: Rollouts, step: int, config: Config, world) -> list[list]:
-    """Per rank the micro-batches of this step: of a permutation of all completions, another in each epoch, its share."""
+    """Per rank the micro-batches of this step: its part of a permutation of all completions, a new one each epoch."""
     scored_PG = ~rollouts.rewards_PG.isnan()
     N, M = scored_PG.numel(), config.num_mini_batches
     epoch, part = divmod(step, M)
@@ -194,15 +188,15 @@ def minibatch(rollouts: Rollouts, step: int, config: Config, world) -> list[list
 
 
 def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config: Config, run, step: int) -> dict:
-    """Leave this rank's share of the gradient of the minibatch's loss in both models; metrics of the whole minibatch."""
+    """Leave this rank's share of the gradient of the minibatch's loss in both models; the whole minibatch's metrics."""
     world, offending = run.world, []
     tokens = sum(int(rollouts.lengths_PG[p, members].sum()) for rank in plan for batch in rank for p, members in batch)
     sums = dict.fromkeys(MEANS, 0.0)
     for batch in plan[world.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         mask_T = pack.completion_T
-        given_T = experience.spread(known, index_C, mask_T)
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
+        given_T = experience.spread(known, index_C, mask_T, like_T=logprobs_T)
         loss, shares = losses.ppo_loss(
             logprobs_T,
             given_T["old"],
@@ -224,7 +218,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
             sums[name] += shares[name].item()
     metrics = training.total(sums, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
-        experience.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts, offending)
+        training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2)
     return {"trained_tokens": tokens} | metrics
 

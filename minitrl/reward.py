@@ -1,6 +1,6 @@
 """Reward model: preferences to a model that scores an answer with one number, in one file.
 
-    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             data.load_preferences
+    1  read pairs: the token ids of a prompt, a chosen and a rejected answer             pairs.load_preferences
     2  a language model's trunk with a fresh scalar head                                 checkpoint.load, Model.values
     3  take the next `examples_per_step` pairs, divide them into micro-batches of so many tokens, each prompt standing
        once before both answers                                                          pairs.batches
@@ -13,7 +13,7 @@ The final folder is an XForSequenceClassification of one label, for transformers
 Without --model and --dataset a tiny model learns to tell right from wrong within half a minute on a CPU:
 
     torchrun -m minitrl.reward
-    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset held.jsonl
+    torchrun --nproc_per_node 8 -m minitrl.reward --model Qwen/Qwen3-0.6B --dataset pairs.jsonl --eval_dataset out.jsonl
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, distributed, losses, pairs, runs, toy, training
+from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse, require
 from .model import with_scalar_head
 from .rollout import context_length
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     @torch.no_grad()
     def evaluate(step: int) -> dict:
         metrics = learn(model, held_out, [], config, world) if held_out else {}
-        return {f"eval/{name}": value for name, value in metrics.items() if name not in ("tokens", "offending")}
+        return {f"eval/{name}": value for name, value in metrics.items() if name not in pairs.OF_A_STEP}
 
     return training.fit(
         run,
@@ -84,6 +84,7 @@ def load(config: Config, run):
         return with_scalar_head(policy, config.seed), tokenizer, *toy.preferences(config.seed)
     dtype = getattr(torch, config.dtype)
     model, tokenizer = checkpoint.load(config.model, dtype, world.device, scalar_head=True, seed=config.seed)
+    lora.adapt(model, config, world)
     tokenizer.now = run.began
     return model, tokenizer, *pairs.load(config, tokenizer, context_length(model.config), world)
 
@@ -91,17 +92,18 @@ def load(config: Config, run):
 def learn(model, rows: list[dict], indices: list[int], config: Config, world) -> dict:
     """Leave this process's share of the gradient of the rows' loss in the model, unless under no_grad; returns the
     metrics of all rows."""
-    scores_P2, margins_P = torch.zeros(len(rows), 2), torch.tensor([float(row["margin"]) for row in rows])
+    scores_P2 = torch.zeros(len(rows), 2, device=world.device)
+    margins_P = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     centre, offending = config.center_rewards_coefficient, []
     for members, pack in pairs.batches(rows, config, world):
         scores = model.values(pack)[pack.cu_seqlens[1:] - 1].view(-1, 3)[:, 1:]  # prompt, chosen, rejected: their last
         loss = losses.reward_loss(*scores.unbind(1), margins_P[members].to(world.device), centre, len(rows))
         if loss.requires_grad:
             loss.backward()
-        if not loss.isfinite():
-            offending += members
-        scores_P2[members] = scores.detach().cpu()
+        offending += [p for p, sound in zip(members, scores.isfinite().all(1).tolist()) if not sound]
+        scores_P2[members] = scores.detach().float()
     distributed.sum_([scores_P2], world)
+    scores_P2 = scores_P2.cpu()
     metrics = {"loss": losses.reward_loss(*scores_P2.unbind(1), margins_P, centre).item()}
     metrics |= statistics(scores_P2, pairs.lengths(rows)) | {"tokens": pairs.tokens(rows)}
     return metrics | {"offending": [indices[p] for p in offending] if indices else []}

@@ -6,7 +6,7 @@ Lists of N, one entry a sample. Prompts and completions are texts; where the pro
 [{"role": "assistant", "content": text}], as in TRL. The columns of the data set come by name, and `step` and
 `first_index` (the place of the first of these samples among all that the step samples, on every rank). A function takes
 those it names; with **columns it takes them all. None means that it does not apply to a sample. It may be `async`, and
-runs in a thread.
+runs in a thread. A reward model's folder, which reward.py or transformers wrote, is one too: see `RewardModel`.
 """
 
 import asyncio
@@ -29,6 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import checkpoint, packing, pairs
+from .model import ModelConfig
+from .tokenizer import read_json
 
 Reward = Callable[..., Any]
 GIVEN = ("prompts", "completions", "completion_ids", "step", "first_index")  # what every reward function may ask for
@@ -75,6 +79,64 @@ def random(completions: list, step: int, first_index: int) -> list[float]:
 BUILT_IN: dict[str, Reward] = {"number": number, "exact": exact, "random": random}
 
 
+class RewardModel:
+    """A reward model's folder as a reward: the scalar head's value at each completion's last token.
+
+    The ids that are scored are those of the prompt and those that were sampled, where the model has the policy's own
+    tokenizer; else the texts, as its own tokenizer and chat template write them.
+    """
+
+    capacity = 8192  # tokens in a forward pass; prompts stand once in front of their completions
+
+    def __init__(self, folder: str):
+        self.folder, self.model = folder, None
+        description = read_json(Path(folder) / "config.json")
+        if not ModelConfig.from_hf(description).scalar_head:
+            raise ValueError("a language model's folder; a reward model's (...ForSequenceClassification) is needed, as "
+                             "minitrl.reward writes it")
+        self.dtype = description.get("torch_dtype") or description.get("dtype")
+
+    def open(self, policy_tokenizer, device, log=print) -> None:
+        """Load the weights onto a device, bfloat16 ones as they are, others in float32."""
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        self.model, self.tokenizer = checkpoint.load(self.folder, dtype, device, scalar_head=True)
+        self.policy_tokenizer, self.tokenizer.now = policy_tokenizer, policy_tokenizer.now
+        self.same = self.tokenizer.fingerprint() == policy_tokenizer.fingerprint()
+        if not self.same:
+            log(f"--reward {self.folder}: its tokenizer or chat template is not the policy's; it reads texts, not ids")
+
+    @torch.no_grad()
+    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[float]:
+        """The completions' scores."""
+        device, groups, previous = self.model.embed_tokens.weight.device, [], None
+        for i, prompt in enumerate(prompts):
+            prompt_ids, ids = self._ids(prompt, completions[i], completion_ids[i])
+            if prompt_ids != previous:
+                groups.append((prompt_ids, [], []))
+                previous = prompt_ids
+            groups[-1][1].append(ids)
+            groups[-1][2].append(i)
+        lengths = [len(prompt_ids) for prompt_ids, _, _ in groups], [[len(ids) for ids in group[1]] for group in groups]
+        scores = [0.0] * len(prompts)
+        for batch in packing.plan_micro_batches(*lengths, self.capacity)[0]:
+            answers = [[groups[p][1][g] for g in members] for p, members in batch]
+            pack = packing.pack_groups([groups[p][0] for p, _ in batch], answers, device)
+            last = pack.cu_seqlens[1:][pack.prefixes_B >= 0] - 1
+            places = [groups[p][2][g] for p, members in batch for g in members]
+            with torch.cuda.device(device if device.type == "cuda" else -1):  # this is a thread; -1 is no device
+                values = self.model.values(pack)[last].tolist()
+            for i, value in zip(places, values, strict=True):
+                scores[i] = value
+        return scores
+
+    def _ids(self, prompt, completion, sampled: list[int]) -> tuple[list[int], list[int]]:
+        """A prompt's and a completion's ids; a text that did not come to its end gets no end token here either."""
+        if self.same:
+            return self.tokenizer.prompt_ids(prompt), sampled
+        prompt_ids, ids = pairs.answered(self.tokenizer, prompt, completion)
+        return prompt_ids, ids if sampled[-1] in self.policy_tokenizer.end_ids or len(ids) == 1 else ids[:-1]
+
+
 def overlong_penalty(lengths: Tensor, max_completion_length: int, cache: int) -> Tensor:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), float32, shaped as `lengths`, which count tokens.
 
@@ -86,7 +148,8 @@ def overlong_penalty(lengths: Tensor, max_completion_length: int, cache: int) ->
 
 
 def load_rewards(names: Iterable[str], option: str = "--reward") -> list[tuple[str, Reward]]:
-    """(name, function) for each of `names`: a built-in's name, or `file.py:function`, known by the function's name.
+    """(name, function) for each of `names`: a built-in's name; `file.py:function`, known by the function's name; or a
+    reward model's folder, known by its own name (`final`: by the name of the run), which `open_models` has to load.
 
     Runs the file, once. ValueError names the option, what is missing, and the nearest name there is.
     """
@@ -95,22 +158,39 @@ def load_rewards(names: Iterable[str], option: str = "--reward") -> list[tuple[s
         file, colon, attribute = spec.rpartition(":")
         name = attribute
         function = _from_file(f"{option} {spec}", Path(file), attribute) if colon else BUILT_IN.get(spec)
+        if function is None and Path(spec).is_dir():
+            path = Path(spec).resolve()
+            try:
+                function, name = RewardModel(spec), path.parent.name if path.name == "final" else path.name
+            except ValueError as error:
+                raise ValueError(f"{option} {spec}: {error}") from error
         if function is None:
             near = difflib.get_close_matches(spec, BUILT_IN, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{option} {spec}: neither file.py:function nor one of {', '.join(BUILT_IN)}{hint}")
+            known = f"a reward model's folder, nor one of {', '.join(BUILT_IN)}"
+            raise ValueError(f"{option} {spec}: neither file.py:function, {known}{hint}")
         if name in loaded:
             raise ValueError(f"{option} {spec}: there is a reward {name!r} already, and metrics go by name; rename one")
         loaded[name] = function
     if not loaded:
-        raise ValueError(f"{option} is empty; name a built-in or file.py:function")
+        raise ValueError(f"{option} is empty; name a built-in, file.py:function or a folder")
     return list(loaded.items())
 
 
 def fingerprints(names: Iterable[str]) -> dict[str, str]:
-    """{"--reward file.py": digest} of the files among `names`."""
-    files = dict.fromkeys(spec.rpartition(":")[0] for spec in names if ":" in spec)
-    return {f"--reward {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    """{"--reward file.py": digest} of the files and folders among `names`."""
+    found = {}
+    for spec in [spec.rpartition(":")[0] or spec for spec in names if spec not in BUILT_IN]:
+        files = sorted(Path(spec).iterdir()) if Path(spec).is_dir() else [Path(spec)]
+        found[f"--reward {spec}"] = " ".join(checkpoint.digest(file) for file in files if file.is_file())
+    return found
+
+
+def open_models(functions: list[tuple[str, Reward]], policy_tokenizer, device, log=print) -> None:
+    """Load the reward models among the rewards, once."""
+    for _, function in functions:
+        if isinstance(function, RewardModel) and function.model is None:
+            function.open(policy_tokenizer, device, log)
 
 
 def check_columns(functions: list[tuple[str, Reward]], columns: Iterable[str]) -> None:

@@ -34,7 +34,8 @@ from .distributed import barrier, gather_json, print0, stop
 # schedule from there on, and is meant to: one asks for more.)
 MAY_CHANGE = (
     "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
-    "num_completions_to_print report_to plot eval_steps save_steps save_total_limit"
+    "num_completions_to_print report_to plot eval_steps save_steps save_total_limit rollout_server "
+    "rollout_timeout"
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
@@ -156,7 +157,7 @@ def check_resume(old: dict, new: dict, may_change=MAY_CHANGE) -> None:
         )
 
 
-def draw(output_dir: str, image: str, names: tuple[str, ...] = ("reward", "eval/accuracy")) -> None:
+def draw(output_dir: str, image: str, names: tuple[str, ...]) -> None:
     """Draw metrics of a run over its steps into a .png or .svg file."""
     from matplotlib.figure import Figure  # behind the extra [plot]; pyplot would look for a display
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from . import checkpoint, data, distributed, packing, runs, toy, training
+from . import checkpoint, data, distributed, lora, packing, runs, toy, training
 from .config import CommonOptions, parse, require
 from .data import Documents
 from .rollout import context_length
@@ -95,6 +95,7 @@ def load(config: Config, run):
         model = toy.make_model(config.seed, tokenizer.vocab_size).to(world.device)
         return model, tokenizer, *toy.demonstrations(config.seed)
     model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+    lora.adapt(model, config, world)
     tokenizer.now = run.began
     room = context_length(model.config)
     fits = config.max_length is None or config.max_length <= room

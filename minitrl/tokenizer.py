@@ -122,13 +122,6 @@ class Tokenizer:
                 generation_config.setdefault(f"{name}_id", self.backend.token_to_id(self.special_tokens[name]))
         write_json(folder / "generation_config.json", generation_config)
 
-    def fingerprint(self) -> str:
-        """A digest of all that decides which ids a text or a conversation gets."""
-        parts = [self.backend.to_str(), self.chat_template, self.special_tokens, self.end_ids]
-        if "strftime_now" in (self.chat_template or ""):
-            parts.append((self.now or datetime.now()).isoformat())
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
     def padded(self) -> "Tokenizer":
         """The same with a padding token that ends no text, so that a padded end token is not taken for padding.
 
@@ -142,6 +135,14 @@ class Tokenizer:
             home.pop("pad_token", None)
         other.special_tokens |= {"pad_token": token for token in usable[:1]}
         return other
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides which ids a text or a conversation gets."""
+        special = {name: token for name, token in self.special_tokens.items() if name != "pad_token"}  # never written
+        parts = [self.backend.to_str(), self.chat_template, special, self.end_ids]
+        if "strftime_now" in (self.chat_template or ""):
+            parts.append((self.now or datetime.now()).isoformat())
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
@@ -368,7 +369,7 @@ class _Template:
             raise ValueError(f"the checkpoint's chat template does not compile: {error}") from error
         self.template = jinja2.Template.from_code(self.sandbox, code, self.sandbox.globals)
 
-    def render(self, mark: str, **variables) -> str:
+    def render(self, mark: str = "", **variables) -> str:
         pieces, length = [], 0
         with self.lock:
             self.sandbox.mark = mark

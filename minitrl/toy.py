@@ -41,7 +41,7 @@ PRESET = {
     "num_completions_to_print": 3,
 }
 
-PPO_PRESET = PRESET | {"prompts_per_step": 256, "kl_coef": 0.0, "max_steps": 500}
+PPO_PRESET = PRESET | {"prompts_per_step": 256, "vf_coef": 0.5, "kl_coef": 0.02, "max_steps": 400}
 
 SFT_PRESET = {
     "dtype": "float32",
@@ -52,6 +52,10 @@ SFT_PRESET = {
     "logging_steps": 25,
     "eval_steps": 100,
 }
+
+
+REWARD_PRESET = SFT_PRESET | {"learning_rate": 1e-3}
+DPO_PRESET = SFT_PRESET | {"learning_rate": 1e-4, "max_steps": 150, "eval_steps": 50}
 
 
 def build(seed: int, device="cpu", log=print) -> tuple[Model, Tokenizer]:
@@ -77,6 +81,22 @@ def demonstrations(seed: int) -> tuple[Documents, Documents]:
     tokenizer, words = make_tokenizer(), split(seed)
     pairs = [[(_prompt(tokenizer, word), _answer(tokenizer, word)) for word in words[n]] for n in ("train", "held_out")]
     return tuple(Documents.of([(p + a, [0] * len(p) + [1] * len(a)) for p, a in part]) for part in pairs)
+
+
+def preferences(seed: int) -> tuple[list[dict], list[dict]]:
+    """(pairs to train on, held-out pairs), in the form of `pairs.load_preferences`: right answers over wrong ones.
+
+    A wrong answer has one letter of the right one changed, so that neither length nor form tells them apart.
+    """
+    tokenizer, words, draw = make_tokenizer(), split(seed), random.Random(seed)
+
+    def pair(word: str) -> dict:
+        right, place = word[::-1], draw.randrange(LENGTH)
+        other = draw.choice([letter for letter in LETTERS if letter != right[place]])
+        chosen, rejected = (_answer(tokenizer, w) for w in (word, (right[:place] + other + right[place + 1 :])[::-1]))
+        return {"prompt_ids": _prompt(tokenizer, word), "chosen_ids": chosen, "rejected_ids": rejected, "margin": 0.0}
+
+    return tuple([pair(word) for word in words[name]] for name in ("train", "held_out"))
 
 
 def split(seed: int) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, runs
+from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, sum_
 
 
@@ -236,6 +236,7 @@ def fit(
     evaluate: Callable[[int], dict],
     describe: Callable[[int], object],
     plotted: tuple[str, ...] = ("loss", "eval/loss"),
+    state: dict[str, float] | None = None,
 ) -> int:
     """Train on `rows_per_step` of `rows` rows at a time, as run.config says; returns the exit status, as main() does.
 
@@ -247,19 +248,26 @@ def fit(
     evaluate(step): the metrics on held-out rows, named "eval/...", or {} where there are none; before the first step,
         after the last, and every --eval_steps.
     describe(index): a row's token ids, as JSON has them, for the file that NaN or infinity leaves behind.
+    state: numbers beside the weights that outlive a step; what `backward` returns under "state" replaces them once the
+        weights are updated, and a resumed run finds those of its checkpoint.
 
-    Order and schedule are functions of the step alone, so weights, optimizer and step are all that a checkpoint holds.
-    Row `i` of an epoch follows the last of the epoch before at once: no step is smaller than the others.
+    Order and schedule are functions of the step alone, so weights, optimizer, step and `state` are all that a
+    checkpoint holds. An epoch's first row follows the last of the one before at once: all steps are of one size.
     """
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
-    step, tensors, _ = run.load(steps, inputs) or (0, {}, {})
+    state = {} if state is None else state
+    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
     run.begin(checkpoint.fingerprint(model))
 
     def checkpoint_now() -> None:
-        run.save(step, {"optimizer": optimizer.state_tensors()}, {})
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
+
+    def described(indices: list[int]) -> dict:
+        return {"rows": [{"row": i, "ids": describe(i)} for i in indices]}
 
     with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
         if step == 0 and (before := evaluate(step)):
@@ -270,13 +278,10 @@ def fit(
                 metrics = backward(indices, step)
                 offending = metrics.pop("offending", [])
                 if not math.isfinite(metrics["loss"]):  # a sum over all processes: all stop
-                    _stop_before_update(run, step, f"the loss is {metrics['loss']}", offending, describe)
-                rate = config.learning_rate * schedule(config.lr_scheduler_type, step, config.warmup_steps, steps)
-                try:
-                    metrics |= {"grad_norm": optimizer.step(rate), "learning_rate": rate}
-                except NotFinite as error:
-                    _stop_before_update(run, step, str(error), indices if world.rank == 0 else [], describe)
+                    stop_before_update(run, step, f"the loss is {metrics['loss']}", described(offending))
+                metrics |= update(optimizer, run, step, lambda: described(indices if world.rank == 0 else []))
             step += 1
+            state.update(metrics.pop("state", {}))
             metrics["epoch"] = step * rows_per_step / rows
             run.num_tokens += metrics["tokens"]
             try:
@@ -284,26 +289,42 @@ def fit(
                     with run.timed("evaluation"):
                         metrics |= evaluate(step)
             finally:  # an evaluation that fails costs no step: its row is written, and rescued() saves it
-                run.log_step(step, metrics, tokens=metrics["tokens"])
+                run.log_step(step, metrics, (), metrics["tokens"])
             if step % config.save_steps == 0:
                 checkpoint_now()
         checkpoint_now()
-    if step < steps:
-        return interrupt.exit_code
-    if world.rank == 0:
-        checkpoint.save(model, tokenizer, f"{config.output_dir}/final")
-        if config.plot:
-            runs.draw(config.output_dir, config.plot, plotted)
-        print(f"done: {config.output_dir}/final is a Hugging Face folder", flush=True)
+    return interrupt.exit_code if step < steps else finish(run, {"final": model}, tokenizer, plotted)
+
+
+def finish(run, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
+    """Write each model's folder, "final" among them, and the plot; returns the exit status, 0."""
+    output_dir = run.config.output_dir
+    if run.world.rank == 0:
+        kinds = {name: lora.save(model, tokenizer, f"{output_dir}/{name}") for name, model in models.items()}
+        if run.config.plot:
+            runs.draw(output_dir, run.config.plot, plotted)
+        print(f"done: {output_dir}/final is a {kinds['final']} folder", flush=True)
     return 0
 
 
-def _stop_before_update(run, step: int, what: str, indices: list[int], describe):
-    """NaN or infinity: save the rows that it came with and stop all; the weights are still those of the step before."""
+def update(optimizer: Optimizer, run, step: int, ids: Callable[[], dict[str, list]]) -> dict[str, float]:
+    """The optimizer's step at the schedule's learning rate; returns that, and the gradient's norm before clipping.
+
+    ids(): by name, what the gradient is made of on this process, for the file that NaN or infinity leaves behind.
+    """
+    config = run.config
+    rate = config.learning_rate * schedule(config.lr_scheduler_type, step, config.warmup_steps, run.total_steps)
+    try:
+        return {"grad_norm": optimizer.step(rate), "learning_rate": rate}
+    except NotFinite as error:
+        stop_before_update(run, step, str(error), ids())
+
+
+def stop_before_update(run, step: int, what: str, ids: dict[str, list]):
+    """NaN or infinity: save the ids that it came with and stop all; the weights are still those of the step before."""
     name = f"not_finite_step_{step + 1}_rank_"
-    if indices:  # other processes may have them
-        rows = [{"row": i, "ids": describe(i)} for i in indices]
-        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what, "rows": rows})
+    if any(ids.values()):  # other processes may have them
+        run.dump(f"{name}{run.world.rank}.json", {"step": step + 1, "error": what} | ids)
     files = f"{run.config.output_dir}/{name}*.json"
     remedy = "lower --learning_rate or --max_grad_norm"
     raise NotFinite(f"step {step + 1}: {what}; nothing was updated, the token ids are in {files}; {remedy}")

@@ -1,8 +1,8 @@
-"""What a whole run needs, in miniature: a random checkpoint, data, rewards, and two ways to run minitrl.grpo on them.
+"""What a whole run needs, in miniature: a random checkpoint, data, rewards, and two ways to run a script on them.
 
-`run` is `python -m minitrl.grpo` within this process; `launch` starts processes of their own, which may be killed, and
-which form a world as under torchrun. They are forked off a server that has torch imported, so one takes a second and
-not five.
+`run` is `python -m minitrl.grpo` (or another) within this process; `launch` starts processes of their own, which may be
+killed, and which form a world as under torchrun. They are forked off a server that has torch imported, so one
+takes a second and not five.
 """
 
 import contextlib
@@ -144,25 +144,25 @@ class Outcome:
         return self.codes[0]
 
 
-def run(argv: list[str]) -> Outcome:
-    """`python -m minitrl.grpo ARGV` in this process."""
+def run(argv: list[str], script=grpo) -> Outcome:
+    """`python -m minitrl.grpo ARGV` in this process, or another script of ours."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            runs.command(functools.partial(grpo.main, argv))
+            runs.command(functools.partial(script.main, argv))
         except SystemExit as end:
             code = end.code
     return Outcome([code], out.getvalue(), err.getvalue())
 
 
-def launch(argv: list[str], world: int = 1, hooks: dict | None = None) -> Outcome:
+def launch(argv: list[str], world: int = 1, hooks: dict | None = None, main=grpo.main) -> Outcome:
     """The same in processes of its own; hooks[rank], where there is one, is called in that process first."""
-    return apart(_train, world, argv, hooks or {})
+    return apart(_train, world, argv, hooks or {}, main)
 
 
-def _train(rank: int, argv: list[str], hooks: dict) -> None:
+def _train(rank: int, argv: list[str], hooks: dict, main) -> None:
     hooks.get(rank, lambda: None)()
-    runs.command(functools.partial(grpo.main, argv))
+    runs.command(functools.partial(main, argv))
 
 
 def apart(target, world: int, *arguments) -> Outcome:

@@ -104,6 +104,57 @@ def test_a_left_out_sample_does_not_pull_the_mean():
     assert torch.equal(got[:, :2], advantages(torch.tensor([[5.0, 6.0]])))
 
 
+def leave_one_out(group: list[float]) -> list[float]:
+    """RLOO, arXiv 2402.14740: the baseline is the mean of the group's other samples."""
+    found = []
+    for i, reward in enumerate(group):
+        others = [r for j, r in enumerate(group) if j != i and not math.isnan(r)]
+        found.append(0.0 if math.isnan(reward) or not others else reward - sum(others) / len(others))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rloo(seed):
+    rewards = some_rewards(seed)
+    got = advantages(rewards, estimator="rloo")
+    expected = torch.tensor([leave_one_out(group) for group in rewards.tolist()])
+    assert got.dtype == torch.float32 and torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def over_tokens(rewards: list[list[float]], lengths: list[list[int]]) -> list[list[float]]:
+    """REINFORCE++, arXiv 2501.03262: normalised over all tokens of the batch, each with its completion's reward."""
+    pairs = [(r, n) for group, row in zip(rewards, lengths) for r, n in zip(group, row) if not math.isnan(r)]
+    tokens = [r for r, n in pairs for _ in range(n)]
+    mean = sum(tokens) / len(tokens)
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in tokens) / (len(tokens) - 1))
+    return [[0.0 if math.isnan(r) else (r - mean) / deviation for r in group] for group in rewards]
+
+
+@pytest.mark.parametrize(("seed", "G"), [(0, 5), (1, 5), (2, 1), (3, 2)])
+def test_reinforce_plus_plus(seed, G):
+    """Also of one completion a prompt: the baseline is the batch's."""
+    rewards = some_rewards(seed, G=G)
+    lengths = torch.randint(1, 20, rewards.shape, generator=torch.Generator().manual_seed(seed))
+    got = advantages(rewards, estimator="reinforce_plus_plus", lengths_PG=lengths)
+    expected = torch.tensor(over_tokens(rewards.tolist(), lengths.tolist()))
+    assert got.dtype == torch.float32 and torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert got[rewards.isnan()].eq(0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -0.7, 1e8])
+def test_equal_rewards_give_exactly_0_with_every_estimator(value):
+    rewards, lengths = torch.full((3, 4), value), torch.tensor([[1, 2, 3, 4]] * 3)
+    rewards[0, 0] = NONE
+    for estimator in ("rloo", "reinforce_plus_plus"):
+        assert advantages(rewards, estimator=estimator, lengths_PG=lengths).eq(0).all(), estimator
+        alone = advantages(rewards[:1, :1], estimator=estimator, lengths_PG=lengths[:1, :1])
+        assert alone.eq(0).all() and not alone.isnan().any()
+    rewards[2, 1] += 1 + abs(value)  # one group has signal: the others learn from it with the batch's baseline alone
+    got = {e: advantages(rewards, estimator=e, lengths_PG=lengths) for e in ("rloo", "reinforce_plus_plus")}
+    assert got["rloo"][:2].eq(0).all() and got["rloo"][2].ne(0).all()
+    assert got["reinforce_plus_plus"][1].lt(0).all() and got["reinforce_plus_plus"][0, 0] == 0
+
+
 def test_deviations():
     rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, NONE, 2.0], [NONE, 1.0, NONE], [NONE, NONE, NONE]])
     got = deviations(rewards)
@@ -395,10 +446,14 @@ def kept_together():
 
 NAIVE = """naive = (rewards_PG - rewards_PG.nanmean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-4)
     return naive.nan_to_num(nan=0.0)
-    centred"""
+    if"""
 FAULTS = [  # what is right, what is wrong, and which test sees it
-    ("rewards = rewards_PG.double()\n    centred", NAIVE, equal_rewards),
+    ("rewards = rewards_PG.double()\n    if", NAIVE, equal_rewards),
     ("(~rewards.isnan()).sum(1) - 1)", "(~rewards.isnan()).sum(1))", test_advantages_of_a_pair),
+    ("centred * known / (known - 1)", "centred * (known - 1) / (known - 1)", lambda: test_rloo(0)),
+    ("known = (~rewards.isnan())", "known = torch.ones_like(rewards)", lambda: test_rloo(0)),
+    ("0.0, lengths_PG.double())", "0.0, 1.0)", lambda: test_reinforce_plus_plus(0, 5)),
+    ("/ (total - 1).clamp(min=1)", "/ total", lambda: test_reinforce_plus_plus(3, 2)),
     ("rewards - rewards.nanmean(1, keepdim=True)).nan_to_num", "rewards - rewards.nanmean()).nan_to_num", any_rewards),
     (
         "rewards - rewards.nanmean(1, keepdim=True)).nan_to_num",

@@ -398,6 +398,22 @@ def test_equal_rewards_with_a_kl_penalty_are_still_finite(tiny, tmp_path):
     assert all(row["loss"] == pytest.approx(0, abs=1e-6) and row["trained_tokens"] > 0 for row in steps(tmp_path))
 
 
+@pytest.mark.parametrize("estimator, generations", [("rloo", 4), ("reinforce_plus_plus", 4), ("reinforce_plus_plus", 1)])
+def test_other_advantages(tiny, tmp_path, estimator, generations):
+    """The advantages of the named estimator are those that are written down, and that the loss is made of."""
+    ends(tiny.argv(tmp_path, reward="tagged", advantage_estimator=estimator, num_generations=generations,
+                   prompts_per_step=4))  # fmt: skip
+    for row in steps(tmp_path):
+        group = [r for r in rows(tmp_path, "completions") if r["step"] == row["step"]]
+        rewards = torch.tensor([r["reward"] for r in group]).view(4, generations)
+        lengths = torch.tensor([len(r["completion_ids"]) for r in group]).view(4, generations)
+        expected = experience.advantages(rewards, estimator=estimator, lengths_PG=lengths)
+        got = torch.tensor([r["advantage"] for r in group]).view(4, generations)
+        torch.testing.assert_close(got, expected)
+        assert got.ne(0).any() and row["reward_std"] > 0
+        assert row["loss"] == pytest.approx(-(got * lengths).sum().item() / lengths.sum().item(), rel=1e-4, abs=1e-6)
+
+
 def test_several_rewards_are_weighted(tiny, tmp_path):
     ends(tiny.argv(tmp_path, reward="share_of_a tagged", reward_weights=(2, -0.5)))
     for row in rows(tmp_path, "completions"):
@@ -573,6 +589,11 @@ EMBEDDED = dict(model=None, dataset=None, max_prompt_length=None, tokens_per_mic
     [
         (dict(learning_rte=1), "--learning_rte: .*--learning_rate"),
         (dict(num_generations=1), "--num_generations 1: must be at least 2"),
+        (dict(advantage_estimator="gae"), "--advantage_estimator.*'gae'.*grpo, rloo, reinforce_plus_plus"),
+        (dict(num_generations=1, advantage_estimator="rloo"), "--num_generations 1: must be at least 2"),
+        (dict(num_generations=0, advantage_estimator="reinforce_plus_plus"), "--num_generations 0: must be at least 1"),
+        (dict(scale_rewards="batch", advantage_estimator="rloo"), "--scale_rewards batch: must be left out with"),
+        (dict(dynamic_sampling=1, advantage_estimator="reinforce_plus_plus"), "--dynamic_sampling 1: must be left out"),
         (dict(tokens_per_microbatch=27), "--tokens_per_microbatch 27: must be at least .*28"),
         (dict(max_steps=0), "--max_steps 0"),
         (dict(temperature=0), "--temperature 0.0: must be above 0"),

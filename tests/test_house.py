@@ -14,22 +14,24 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint lora model tokenizer distributed config kernels".split()
+    "checkpoint lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client rewards packing distributed config data checkpoint lora training toy".split()
+        "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
-    "training": {"distributed", "checkpoint", "packing", "runs", "data"},
+    "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "checkpoint": {"model", "tokenizer"},
-    "rewards": {"model"},
+    "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
     "transfer": {"distributed"},
+    "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},

@@ -25,7 +25,7 @@ KINDS = {
     ),
 }  # fmt: skip
 FAULTS = {  # where the process dies: function, the step whose metrics have been given to log_step by then, which call
-    "rollout": ("minitrl.rollout:draw", 3, 5),
+    "rollout": ("minitrl.sampling:draw", 3, 5),
     "reward": ("minitrl.rewards:_call", 3, 1),
     "backward": ("minitrl.losses:grpo_loss", 3, 2),
     "optimizer": ("minitrl.training:Optimizer._round_masters", 3, 1),
@@ -46,9 +46,9 @@ def at(target: str, step: int, call: int, what) -> None:
     original, log_step = getattr(owner, name), grpo.runs.Run.log_step
     counts = {"step": 0, "calls": 0}
 
-    def counting(run, logged, *arguments):
+    def counting(run, logged, *arguments, **options):
         counts["step"] = logged
-        return log_step(run, logged, *arguments)
+        return log_step(run, logged, *arguments, **options)
 
     def wrapper(*arguments, **options):
         counts["calls"] += counts["step"] >= step
@@ -76,7 +76,7 @@ def killed(where: str):
 
 def signalled(*numbers: int, step: int = 1):
     """The signals come, one after the other, in the middle of the rollouts after `step`."""
-    return functools.partial(at, "minitrl.rollout:draw", step, 3, functools.partial(_send, numbers))
+    return functools.partial(at, "minitrl.sampling:draw", step, 3, functools.partial(_send, numbers))
 
 
 def _send(numbers, *_) -> None:
@@ -189,7 +189,7 @@ def test_the_embedded_default_is_warmed_up_to_the_same_weights(tmp_path):
     """Its model is made anew by each process: it must be the one that the run began with."""
     argv = ["--max_steps", "3", "--save_steps", "2", "--device", "cpu", "--beta", "0.01", "--output_dir"]
     assert launch([*argv, str(tmp_path / "whole")]).code == 0
-    hook = functools.partial(at, "minitrl.rollout:draw", 2, 3, die)
+    hook = functools.partial(at, "minitrl.sampling:draw", 2, 3, die)
     assert launch([*argv, str(tmp_path / "killed")], hooks={0: hook}).code == -signal.SIGKILL
     outcome = launch([*argv, str(tmp_path / "killed"), "--resume"])
     assert outcome.code == 0 and "going on after step 2" in outcome.out

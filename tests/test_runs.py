@@ -212,10 +212,10 @@ def test_draw(tmp_path, suffix, start):
     pytest.importorskip("matplotlib")
     made = [{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "reward": None}, {"step": 2, "reward": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    draw(str(tmp_path), str(tmp_path / f"curve.{suffix}"))
+    draw(str(tmp_path), str(tmp_path / f"curve.{suffix}"), ("reward", "eval/accuracy"))
     assert (tmp_path / f"curve.{suffix}").read_bytes().startswith(start)
     with pytest.raises(OSError, match="cannot write .*nowhere"):
-        draw(str(tmp_path), str(tmp_path / "nowhere" / f"curve.{suffix}"))
+        draw(str(tmp_path), str(tmp_path / "nowhere" / f"curve.{suffix}"), ("reward",))
 
 
 def test_progress_is_the_mean_since_the_line_before(monkeypatch):

@@ -298,3 +298,43 @@ def in_float32(op):
         return op(hidden.float(), weight.float(), targets, temperature=temperature)
 
     return wide
+
+
+# --- the sum whose weights are known before --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_sum_is_that_of_its_parts(dtype, entropy, monkeypatch):
+    monkeypatch.setattr(kernel, "KEPT_ROWS", 7)
+    given = inputs(30, 200, 16, dtype)
+    g, h = torch.randn(2, 30, dtype=dtype).unbind()
+    g[given["targets"] == IGNORE] = torch.nan  # is not looked at
+    scored, found = given["targets"] != IGNORE, []
+    for alone in (True, False):
+        x, w = (given[name].detach().clone().requires_grad_() for name in ("hidden", "weight"))
+        if alone:
+            weights = {"entropy_weights_T": h} if entropy else {}
+            total, logprobs, entropies, top = kernel.token_logprob_sum(x, w, given["targets"], g, **weights, temperature=0.7)
+            assert torch.equal(top, scored & ((x @ w.T).argmax(-1) == given["targets"]))
+        else:
+            logprobs, entropies = token_logprob(x, w, given["targets"], temperature=0.7)
+            total = (g * logprobs + (h * entropies if entropy else 0))[scored].sum()
+        (3 * total).backward()
+        found.append([total.detach(), logprobs.detach(), entropies.detach(), x.grad, w.grad])
+    bound = 1e-12 if dtype == torch.float64 else 2e-5
+    assert all((a - b).abs().max() <= bound for a, b in zip(*found))
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    hidden, weight = torch.ones(3, 1), torch.tensor([0.0, 2.0, 2.0])[:, None]
+    assert kernel.token_logprob_sum(hidden, weight, torch.tensor([0, 1, 2]), torch.ones(3))[3].tolist() == [False, True, False]
+
+
+def test_a_frozen_weight_gets_no_gradient_and_the_states_do():
+    given = inputs(9, 11, 4)
+    x = given["hidden"].requires_grad_()
+    kernel.token_logprob_sum(x, given["weight"], given["targets"], torch.ones(9, dtype=x.dtype))[0].backward()
+    expected, x.grad = x.grad, None
+    token_logprob(x, given["weight"], given["targets"])[0].sum().backward()
+    assert torch.allclose(expected, x.grad, atol=1e-12) and given["weight"].grad is None

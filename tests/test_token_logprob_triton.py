@@ -406,20 +406,24 @@ def test_from_logits_on_a_cpu():
 def test_the_sum_scales_with_its_upstream_gradient_and_runs_on_a_cpu():
     given = inputs(30, 200, 16)
     g, h = given["upstream"]
+    given["targets"][1::3] = (given["hidden"] @ given["weight"].T)[1::3].argmax(-1)  # some are the likeliest
+    tops = []
     found = []
     for dtype in (torch.float32, torch.float64):
         x, w = (given[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
         args = x, w, given["targets"], g.to(dtype)
         if dtype == torch.float32:
             with interpreted():
-                total, logprobs, entropy, _ = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
+                total, logprobs, entropy, top = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
                 (3 * total).backward()
         else:
-            total, logprobs, entropy, _ = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
+            total, logprobs, entropy, top = token_logprob_sum(*args, entropy_weights_T=h.to(dtype))
             (3 * total).backward()
+        tops.append(top)
         found.append([total.detach(), logprobs, entropy, x.grad, w.grad])
     for got, true in zip(*found):
         assert torch.allclose(got.double(), true, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*tops) and 0 < tops[0].sum() < 30
     scored = given["targets"] != IGNORE
     by_hand = (g * found[1][1] + h * found[1][2])[scored].sum()
     assert torch.allclose(found[1][0], by_hand)
@@ -427,8 +431,11 @@ def test_the_sum_scales_with_its_upstream_gradient_and_runs_on_a_cpu():
 
 def test_without_gradients_the_sum_computes_none():
     given = inputs(30, 200, 16, torch.bfloat16)
+    likeliest = (given["hidden"] @ given["weight"].T).float().argmax(-1)
+    given["targets"][::2] = likeliest[::2]
     with interpreted() as log, torch.no_grad():
-        token_logprob_sum(given["hidden"], given["weight"], given["targets"], given["upstream"][0].float())
+        args = given["hidden"], given["weight"], given["targets"], given["upstream"][0].float()
+        assert token_logprob_sum(*args)[3][::2].float().mean() > 0.9
     assert log.names() == ["token_logprob_fwd_kernel", "token_logprob_fold_kernel"]
 
 

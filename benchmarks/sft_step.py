@@ -1,0 +1,166 @@
+"""A step of SFT against TRL on a real model, on a CPU:
+
+    python -m benchmarks.sft_step --model OUT/SmolLM2-135M-Instruct [--peers PYTHON]
+
+64 documents of 32 to 512 random tokens, all learnt, each with the end token; bfloat16, AdamW's step included, no
+gradient checkpointing. Each side is a process of its own that stays alive, and they take turns, one optimizer step each,
+so that whatever else the machine does falls on all. PYTHON is an interpreter that has transformers and trl (pip install
+-e '.[parity]').
+
+    ours          8 documents a step, in packs of at most 1,024 tokens; float32 masters
+    padded        trl.SFTTrainer, 8 documents a step, padded to the longest: its default
+    padding_free  the same, padding_free=True: one row without padding, attention by transformers' mask from positions
+    packed        packing=True, bfd, rows of 512 tokens, 4 a step: about as many tokens
+
+Parameters, gradients and AdamW of TRL's sides are bfloat16, which is the fastest that it can do here. Tokens a second
+count documents' tokens, not padding. Writes benchmarks/results/sft_step.json: medians over the rounds, the rounds, and
+each side's peak memory; the ratio is to the fastest of TRL's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.grpo_step import ROOT, wait
+
+RESULTS = Path(__file__).parent / "results" / "sft_step.json"
+SIDES = {
+    "ours": {"examples_per_step": 8, "tokens_per_microbatch": 1024, "masters and gradients": "float32"},
+    "padded": {"per_device_train_batch_size": 8, "max_length": 512},
+    "padding_free": {"per_device_train_batch_size": 8, "max_length": None, "padding_free": True},
+    "packed": {"per_device_train_batch_size": 4, "max_length": 512, "packing": True, "packing_strategy": "bfd"},
+}
+
+
+def documents() -> list[list[int]]:
+    import random
+
+    draw = random.Random(0)
+    return [[draw.randint(100, 49000) for _ in range(draw.randint(32, 512) - 1)] + [2] for _ in range(64)]
+
+
+def report(seconds: float, tokens: int) -> None:
+    import resource
+
+    unit = 2**20 if sys.platform == "linux" else 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_gib": peak}), file=sys.__stdout__, flush=True)
+
+
+def ours(model: str) -> None:
+    import numpy as np
+
+    from minitrl import checkpoint, data, distributed, sft, training
+
+    torch = sft.torch
+    policy, _ = checkpoint.load(model, torch.bfloat16)
+    rows = data.Documents.of([(ids, [1] * len(ids)) for ids in documents()])
+    config = sft.Config(model=model, dataset="-", tokens_per_microbatch=1024)
+    world = distributed.start("cpu")
+    optimizer = training.optimizer_of(policy, config, world)
+    for step in range(1000):
+        wait()
+        began = time.perf_counter()
+        chosen = data.order(len(rows), 8 * step, 8, config.seed)
+        metrics, _ = sft.learn(policy, rows, np.array(chosen), config, world)
+        optimizer.step(1e-6)
+        report(time.perf_counter() - began, metrics["tokens"])
+
+
+def theirs(side: str, model: str) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def training_step(self, module, inputs, *rest):
+            self.tokens = int((inputs["labels"] != -100).sum())
+            starts = inputs["position_ids"] == 0 if "position_ids" in inputs else None
+            # A flattened row gives no label to a document's first token.
+            self.tokens += int(starts.sum()) if starts is not None else 0
+            return super().training_step(module, inputs, *rest)
+
+    class TakeTurns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            wait()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            report(time.perf_counter() - self.began, trainer.tokens)
+
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1000,
+        learning_rate=1e-6, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1000, **SIDES[side],
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    rows = Dataset.from_list([{"input_ids": ids} for ids in documents()])
+    trainer = Trainer(model=policy, args=config, train_dataset=rows, callbacks=[TakeTurns()])
+    trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has transformers and trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        sys.stdout = sys.stderr  # what libraries print is not a report
+        return ours(options.model) if options.worker == "ours" else theirs(options.worker, options.model)
+
+    processes, rounds = {}, {side: [] for side in options.sides}
+    for side in options.sides:
+        python = sys.executable if side == "ours" else options.peers
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+        processes[side] = subprocess.Popen(
+            [python, __file__, "--worker", side, "--model", options.model],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | quiet,
+        )  # fmt: skip
+    for number in range(options.rounds + 1):
+        for side, process in processes.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"the process of {side} ended; try: {' '.join(process.args)} and type go")
+            if number:  # the first warms up
+                rounds[side].append(json.loads(line))
+    for process in processes.values():
+        process.kill()
+
+    import torch
+
+    rows = {}
+    for side, results in rounds.items():
+        # Each side has its own order of documents, so tokens a second are compared, over all rounds.
+        speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
+        peak = max(result["peak_gib"] for result in results)
+        rows[side] = {"tokens_per_second": speed, "peak_gib": peak, "settings": SIDES[side], "rounds": results}
+        print(f"{side:>12}: {speed:7.1f} tokens/s, {peak:.2f} GiB", flush=True)
+    value = {
+        "command": "python -m benchmarks.sft_step --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+                    "torch": torch.__version__, "load_average": os.getloadavg()[0]},
+        "sides": rows,
+    }  # fmt: skip
+    if set(rows) == set(SIDES):
+        mine, best = rows["ours"], max((rows[side] for side in SIDES if side != "ours"), key=lambda r: r["tokens_per_second"])
+        for name, other in (("padded", rows["padded"]), ("best", best)):
+            value[f"times_as_fast_as_{name}"] = mine["tokens_per_second"] / other["tokens_per_second"]
+            value[f"share_of_{name}_memory"] = mine["peak_gib"] / other["peak_gib"]
+        print({name: number for name, number in value.items() if isinstance(number, float)})
+        RESULTS.write_text(json.dumps(value, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Rollouts from servers in other processes: `Engine.generate`'s door, over HTTP, to one or many `minitrl.server`.
+
+    --rollout_server http://127.0.0.1:8000 http://127.0.0.1:8001        the key, where they want one: MINITRL_API_KEY
+
+Each prompt with its n completions is one request, and goes to whichever server has the fewest open. What a server draws
+follows from the weights, the prompt and the seed, so a request that was lost with its server is simply asked again,
+elsewhere: nothing is sampled twice or lost. A server that fails is left out and asked again later, each time after
+twice as long.
+
+Before anything is sampled every server has the policy's weights: rank 0 compares digests, and sends the weights where
+they differ, over a bridge (transfer.py) to each; a request names the digest that it wants to be sampled with, and a
+server that has other weights refuses. So one that was restarted, or that took part in another run, serves nothing
+before it is up to date; and after each update its log-probs are compared with the policy's own.
+"""
+
+import http.client
+import json
+import math
+import os
+import secrets
+import threading
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
+from urllib.parse import urlsplit
+
+import torch
+
+from . import data, lora, transfer
+from .distributed import World
+from .packing import pack_groups
+from .rollout import Completion, Engine
+
+MAX_ANSWER = 2**28  # bytes
+IN_FLIGHT = 64  # requests open at a time
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats, the mean over a greedy completion's tokens
+
+
+def engine_of(config, policy, tokenizer, world: World):
+    """What samples from the policy: an engine in this process, or those behind --rollout_server."""
+    if config.rollout_server:
+        return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
+    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
+
+
+class Lost(Exception):
+    """A server did not answer, or not as one of ours does. `busy`: it will, later."""
+
+    def __init__(self, why: str, busy: bool = False):
+        super().__init__(why)
+        self.busy = busy
+
+
+class _Server:
+    """One server as this process knows it."""
+
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/") and not parts.query
+        if not good:
+            raise ValueError(f"--rollout_server {url}: must be a URL such as http://127.0.0.1:8000")
+        self.url, self.host, self.secure = url.rstrip("/"), parts.hostname, parts.scheme == "https"
+        self.port = parts.port or (443 if self.secure else 80)
+        self.ready, self.load, self.why = False, 0, "not asked yet"
+        self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
+        self.bridge = None
+
+    def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
+        """The answer's JSON. Lost where there is none; ValueError where the server says that the request is wrong."""
+        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("MINITRL_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            with closing(kind(self.host, self.port, timeout=min(10.0, timeout_s))) as connection:
+                connection.connect()
+                connection.sock.settimeout(timeout_s)
+                connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
+                response = connection.getresponse()
+                content = response.read(MAX_ANSWER)
+            answer = data._parse(content)
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            raise Lost(f"{type(error).__name__}: {str(error)[:200]}") from None
+        if response.status == 200:
+            return answer
+        error = answer.get("error")
+        message = str(error.get("message") if isinstance(error, dict) else answer)[:300]
+        if response.status in (409, 429) or response.status >= 500:
+            raise Lost(f"{response.status}: {message}", busy=response.status == 429)
+        raise ValueError(f"--rollout_server {self.url}: {response.status}: {message}")
+
+
+class RemoteEngine:
+    """Samples from `policy` by way of servers. All ranks of `world` call `generate` at the same places.
+
+    timeout_s: that a request may take, and that a step may be without any server.
+    """
+
+    def __init__(self, urls, policy, tokenizer, world: World, timeout_s: float = 600.0):
+        urls = [url for given in urls for url in given.split(",")]
+        if len(set(urls)) < len(urls):
+            raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
+        self.servers = [_Server(url) for url in urls]
+        self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
+        self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
+        self.mismatch = 0.0  # nats, the largest found after an update
+
+    def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
+        """As `Engine.generate`. ConnectionError names the servers where none can be had for timeout_s."""
+        ids = [p if isinstance(p, list) and isinstance(p[0], int) else self.tokenizer.prompt_ids(p) for p in prompts]
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(ids)
+        bodies = [
+            {"prompt": prompt, "seed": s, "n": n, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
+            | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+            for prompt, s in zip(ids, seeds, strict=True)
+        ]
+        self.tensors = dict(lora.merged(self.policy))
+        digest = transfer.digest(self.tensors)
+        if digest != self.digest:
+            self.digest, self.version = digest, self.version + 1
+            for server in self.servers:
+                server.ready, server.again = False, 0.0
+        self.revive(ids[0] if ids else None)
+        stop = time.monotonic() + self.timeout_s
+        with ThreadPoolExecutor(min(IN_FLIGHT, len(ids)) or 1) as pool:
+            over = threading.Event()
+            futures = [pool.submit(self._complete, body, over) for body in bodies]
+            try:
+                open_ = set(futures)
+                while open_:
+                    done, open_ = wait(open_, 0.2, FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    if any(server.ready for server in self.servers):
+                        stop = time.monotonic() + self.timeout_s
+                    elif open_ and time.monotonic() > stop:
+                        raise ConnectionError("no rollout server can be had: " + self._whys())
+                    if open_:
+                        self.revive(ids[0])
+            finally:
+                over.set()
+                for future in futures:
+                    future.cancel()
+        return [future.result() for future in futures]
+
+    def revive(self, probe: list[int] | None) -> None:
+        """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
+        due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
+        if not due:
+            return
+        with ThreadPoolExecutor(len(due)) as pool:
+            list(pool.map(lambda server: self._try(server, probe), due))
+
+    def _try(self, server: _Server, probe: list[int] | None) -> None:
+        try:
+            state = server.ask("GET", "/weights", None, 10.0)
+            if state.get("deterministic") != self.policy.deterministic:
+                raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
+            if state.get("digest") != self.digest:
+                if self.world.rank > 0:
+                    raise Lost("waits for rank 0 to send it the weights", busy=True)
+                self._update(server, state)
+            if probe and self.world.rank == 0:
+                self._compare(server, probe)
+        except (Lost, ConnectionError) as error:
+            self._leave_out(server, error)
+            return
+        with self.lock:
+            server.ready, server.delay = True, 0.5
+            self.lock.notify_all()
+
+    def _update(self, server: _Server, state: dict) -> None:
+        """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
+        described = transfer.describe(self.tensors)
+        if state.get("tensors") != described:
+            try:
+                transfer.check(state.get("tensors"), self.tensors)
+            except ValueError as error:
+                raise ValueError(f"--rollout_server {server.url}: serves another model, or in another --dtype: {error}"
+                                 ) from None
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                if server.bridge is None or state.get("generation") != server.bridge.generation:
+                    self._meet(server, pool)
+                asked = {"generation": server.bridge.generation, "version": self.version, "tensors": described}
+                updated = pool.submit(server.ask, "POST", "/weights/update", asked, self.timeout_s)
+                try:
+                    sent = transfer.send(server.bridge, self.tensors)
+                except ConnectionError:
+                    updated.result()  # says why, if it was the server that did not want them
+                    raise
+                if updated.result().get("digest") != sent:
+                    raise Lost("took over other weights than were sent")
+        except BaseException:
+            if server.bridge:
+                server.bridge.close()
+            server.bridge = None
+            raise
+
+    def _meet(self, server: _Server, pool) -> None:
+        """A new bridge to a server, which we keep the store of. Its number is larger than any before it anywhere."""
+        generation, secret = time.time_ns() // 10**6, secrets.token_hex(16)
+        listener = transfer.listen(transfer.local_address(server.host, server.port))
+        host, port = listener.getsockname()[:2]
+        asked = {"host": host, "port": port, "rank": 1, "size": 2, "generation": generation, "secret": secret}
+        met = pool.submit(server.ask, "POST", "/weights/meet", asked, self.timeout_s)
+        server.bridge = transfer.Bridge(
+            host, port, 0, 2, generation=generation, secret=secret, device=self.world.device, timeout_s=self.timeout_s,
+            listener=listener, unless=lambda: met.done() and met.result(),
+        )  # fmt: skip
+        met.result()
+
+    @torch.no_grad()
+    def _compare(self, server: _Server, prompt: list[int]) -> None:
+        """A server's log-probs of a greedy completion against the policy's own."""
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0.0, "logprobs": 0, "return_token_ids": True}
+        (completion,) = self._completions(server, {**body, "n": 1, "ignore_eos": True})
+        pack = pack_groups([prompt], [[completion.ids]], self.world.device)
+        ours = self.policy.logprobs(pack, pack.completion_T)[0][pack.completion_T].cpu()
+        difference = (ours - torch.tensor(completion.logprobs)).abs().mean().item()
+        self.mismatch = max(self.mismatch, difference)
+        tolerance = TOLERANCE[self.policy.head_weight.dtype]
+        if not difference <= tolerance:
+            raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ from the policy's "
+                             f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
+
+    def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
+        """One prompt's completions, from whichever server; asked again until one has answered."""
+        while not over.is_set():
+            with self.lock:
+                ready = [server for server in self.servers if server.ready]
+                if not ready:
+                    self.lock.wait(0.5)
+                    continue
+                server = min(ready, key=lambda server: server.load)
+                server.load += 1
+            try:
+                return self._completions(server, body)
+            except Lost as lost:
+                if lost.busy:
+                    over.wait(1)
+                elif server.ready:  # all that it had die together: count that once
+                    self._leave_out(server, lost)
+            finally:
+                with self.lock:
+                    server.load -= 1
+        raise ConnectionAbortedError("another request failed")
+
+    def _completions(self, server: _Server, body: dict) -> list[Completion]:
+        answer = server.ask("POST", "/v1/completions", body | {"weights": self.digest}, self.timeout_s)
+        try:
+            completions = []
+            for index, choice in enumerate(answer["choices"]):
+                ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+                good = choice["index"] == index and 0 < len(ids) == len(logprobs) <= body["max_tokens"]
+                good = good and all(type(i) is int and 0 <= i < self.policy.config.vocab_size for i in ids)
+                good = good and all(type(x) is float and math.isfinite(x) for x in logprobs)
+                good = good and choice["finish_reason"] in ("stop", "length") and isinstance(choice["text"], str)
+                versions = tuple(map(tuple, choice["weight_versions"]))
+                assert good and len(versions) == 1, f"choice {index} is not a completion, or not of one version"
+                completions.append(Completion(ids, logprobs, choice["text"], choice["finish_reason"], versions))
+            assert len(completions) == body["n"], f"{len(completions)} completions of {body['n']}"
+        except (KeyError, TypeError, AssertionError) as error:
+            raise Lost(f"not an answer of ours: {error!r}") from None
+        return completions
+
+    def _leave_out(self, server: _Server, why: Exception) -> None:
+        with self.lock:
+            server.ready, server.why = False, str(why)
+            server.again, server.delay = time.monotonic() + server.delay, min(2 * server.delay, 30.0)
+            if getattr(why, "busy", False):
+                server.again, server.delay = time.monotonic() + 0.1, 0.5
+
+    def _whys(self) -> str:
+        return "; ".join(f"{server.url} ({server.why})" for server in self.servers)
