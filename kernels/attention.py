@@ -219,7 +219,7 @@ def _softmax(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> tuple
 
 
 def _fixed_means(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The deterministic mode: each product is of so many queries and keys, and a block of keys follows another in order.
+    """The deterministic mode: a product is of so many queries and keys, and blocks of keys follow each other in order.
 
     A query always stands in the same row of its product, by its place, and a key in the same column. A block that a
     query does not see adds exact zeros. So its bits are those of any pack, chunk or step that it stands in.

@@ -82,7 +82,7 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, deterministic):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits):
         multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
@@ -93,7 +93,10 @@ class TiledTokenLogprob(torch.autograd.Function):
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
         for c, columns in enumerate(blocks(V, COLUMNS)):
             for rows in blocks(T, ROWS):
-                z = _logits(hidden[rows], weight[columns], tile, multiply)
+                if logits is None:
+                    z = _logits(hidden[rows], weight[columns], tile, multiply)
+                else:
+                    z = _tile(tile, len(hidden[rows]), len(weight[columns])).copy_(logits[rows, columns])
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
                 highest[c, rows] = z.amax(-1)
@@ -156,7 +159,8 @@ class TiledTokenLogprob(torch.autograd.Function):
                     dw = part if dw is None else dw.to(dtype).add_(part)
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
-        return torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype)), d_weight, None, None, None
+        d_hidden = torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype))
+        return d_hidden, d_weight, None, None, None, None
 
 
 class TokenLogprobSum(torch.autograd.Function):
@@ -222,6 +226,7 @@ def token_logprob(
     *,
     temperature: float = 1.0,
     deterministic: bool = False,
+    logits_TV: Tensor | None = None,
     vocabulary: int | None = None,
     group=None,
 ):
@@ -231,6 +236,7 @@ def token_logprob(
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
     deterministic: a token has the same bits in any batch: its log-prob, and on a GPU, where the log-prob has them
         always, its gradient too.
+    logits_TV: what `linear.logits` of the same made in the same mode, where it is at hand; a GPU has no use for it.
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
         rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
         bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
@@ -250,8 +256,9 @@ def token_logprob(
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
     scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic)
-    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV)
+    logits_TV = None if logits_TV is None else logits_TV[scored]
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV
     logprobs, entropy = TiledTokenLogprob.apply(*given)
     zeros = logprobs.new_zeros(len(targets_T))
     return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
