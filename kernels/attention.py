@@ -122,7 +122,6 @@ def _tiles(segments: list[tuple], key_rows, window: int | None, heads: int, kv_h
         for at in range(-(behind % rows) if fixed else 0, length, rows):  # fixed: by place, wherever the segment begins
             first, end = max(0, -at), min(rows, length - at)
             skipped = 0 if window is None else max(0, behind + at - window + 1)
-            skipped = skipped // FIXED_KEYS * FIXED_KEYS if fixed else skipped
             keys = behind + at + end - skipped
             keys = keys + -keys % FIXED_KEYS if fixed else keys
             units.append(Unit(keys, rows if fixed else end, b, start + at, behind + at, first, end, skipped))
