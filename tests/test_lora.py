@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import json
 import shutil
 import signal
@@ -507,6 +508,42 @@ def test_a_run_from_an_adapter(tiny, tmp_path):
 def test_bad_options(tiny, tmp_path, options, message):
     outcome = run(tiny.argv(tmp_path, **OPTIONS | options))
     assert outcome.code in (1, 2) and message in outcome.err and "Traceback" not in outcome.err, outcome
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward", "ppo"])
+def test_the_other_scripts(tiny, tmp_path, script):
+    """Each trains adapters alone, and leaves what lora.open_model opens; DPO starts at ln 2, PPO's KL at 0."""
+    sums = [json.loads(line) for line in (tiny.folder / "data.jsonl").read_text().splitlines()[:16]]
+    keys = {"sft": {"completion": "answer"}, "ppo": {}}.get(script, {"chosen": "answer", "rejected": "prompt"})
+    data = [row if script == "ppo" else {"prompt": row["prompt"], **{k: row[v] for k, v in keys.items()}} for row in sums]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    argv = ["--model", tiny.folder / "model", "--dataset", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out",
+            "--use_peft", "--lora_r", 4, "--max_steps", 3, "--dtype", "float32", "--learning_rate", 0.01]  # fmt: skip
+    argv += ["--max_length", 24] if script != "ppo" else [
+        "--reward", f"{tiny.folder / 'rewards.py'}:share_of_a", "--max_completion_length", 8, "--max_prompt_length", 16
+    ]  # fmt: skip
+    main = importlib.import_module(f"minitrl.{script}").main
+    assert main([str(word) for word in argv]) == 0
+    model, _ = lora.open_model(str(tmp_path / "out/final"))
+    base = fresh(tiny)
+    assert (model.score is not None) == (script == "reward") and len(model.adapters.all) == 2
+    trained_ = [p for name, p in lora.tensors(model).items() if "lora_B" in name]
+    assert len(trained_) == 4 and all(p.any() for p in trained_)
+    same = [name for name, p in model.named_parameters() if ".adapter." not in name and name != "score.weight"]
+    assert all(torch.equal(model.get_parameter(name), base.get_parameter(name)) for name in same)
+    first = steps(tmp_path / "out")[0]
+    if script == "dpo":
+        assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    if script == "ppo":
+        assert first["objective/kl"] == 0
+        value_model, _ = lora.open_model(str(tmp_path / "out/value_model"))
+        assert value_model.score is not None and len(value_model.adapters.all) == 2
+    if script == "reward":  # the merged folder scores as the two do
+        out = str(tmp_path / "merged")
+        assert lora.main(["merge", "--adapter", str(tmp_path / "out/final"), "--output_dir", out, "--dtype", "float32"]) == 0
+        merged, _ = checkpoint.load(out, scalar_head=True)
+        values = [m.values(groups()) for m in (model, merged)]
+        assert (values[0] - values[1]).abs().max() < 1e-4
 
 
 # Against peft itself.
