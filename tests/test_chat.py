@@ -62,7 +62,7 @@ def test_without_a_template_each_line_is_continued(tiny, capsys, monkeypatch):
 
 
 def test_no_room(talker, capsys, monkeypatch):
-    """A long answer is cut where the positions end, and says so; a conversation beyond them is an error, not the end."""
+    """A long answer is cut where the positions end, and says so; a conversation beyond them is an error."""
     code, printed = talk(talker, ["1" * 70, "1" * 58], capsys, monkeypatch)
     assert code == 0 and "error: the conversation has 72 tokens" in printed and "Traceback" not in printed
     four = said(talker, [{"role": "user", "content": "1" * 58}], 4)
