@@ -133,7 +133,7 @@ class CommonOptions:
         require(bool(self.lora_target_modules), "lora_target_modules", "", "names of projections, or all-linear")
         require(self.use_peft or self.adapter is None, "adapter", self.adapter, "given together with --use_peft")
         based = self.model is not None or not self.use_peft
-        require(based, "use_peft", "on", "given together with --model: an adapter names its base, and the toy has no name")
+        require(based, "use_peft", "on", "given together with --model: an adapter names its base")
         drawable = self.plot is None or self.plot.endswith((".png", ".svg"))
         require(drawable, "plot", self.plot, "the name of a .png or .svg file")
         can_draw = self.plot is None or importlib.util.find_spec("matplotlib")
