@@ -28,7 +28,6 @@ from .targets import use_triton
 
 IGNORE = -100  # the target of a position that is not scored
 ROWS = 1024  # of the tile of logits that is held at a time, by COLUMNS
-KEPT_ROWS = 256  # tokens whose logits `token_logprob_sum` holds at a time, of the whole vocabulary
 KEEP = 2**27  # bytes of exponentials that wait for the backward pass
 SPLIT = 1024  # the Triton kernels' columns per program, and the unit in which ranks share a vocabulary
 LN2 = math.log(2)
@@ -82,12 +81,12 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic, likeliest=False, logits=None):
         multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
         highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
-        chosen = hidden.new_empty(T, dtype=dtype)
+        chosen, top = hidden.new_empty(T, dtype=dtype), torch.ones_like(targets, dtype=torch.bool)
         kept = KEEP // (max(T, 1) * COLUMNS * hidden.element_size()) if any(ctx.needs_input_grad) else 0
         exponentials = hidden.new_empty(min(kept, len(total)), T, COLUMNS)
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
@@ -99,6 +98,8 @@ class TiledTokenLogprob(torch.autograd.Function):
                     z = _tile(tile, len(hidden[rows]), len(weight[columns])).copy_(logits[rows, columns])
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
+                if likeliest:
+                    top[rows][mine] = z[mine].argmax(-1) == y
                 highest[c, rows] = z.amax(-1)
                 z.sub_(highest[c, rows, None]).mul_(scale)  # the difference first: it is exact where it matters
                 e = _tile(spare, *z.shape)
@@ -107,6 +108,9 @@ class TiledTokenLogprob(torch.autograd.Function):
                 if c < kept:
                     exponentials[c, rows, : z.shape[1]] = e
                 weighted[c, rows] = e.mul_(z).sum(-1)
+        if likeliest:  # the first of all that are equally likely
+            before = torch.arange(len(highest), device=targets.device)[:, None] < targets // COLUMNS
+            top &= torch.where(before, highest < chosen, highest <= chosen).all(0)
         shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
         highest, factor = highest.amax(0), shift.mul(LN2).exp_()  # from here on of a few numbers a token
         weighted = reduce(torch.add, factor * (weighted + shift * total))  # in order, which .sum(0) does not promise
@@ -115,10 +119,11 @@ class TiledTokenLogprob(torch.autograd.Function):
         entropy = total.log() - LN2 * weighted / total
         ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy, exponentials, shift[:kept])
         ctx.temperature = temperature
-        return logprobs, entropy
+        ctx.mark_non_differentiable(top)
+        return logprobs, entropy, top
 
     @staticmethod
-    def backward(ctx, g, h):
+    def backward(ctx, g, h, _):
         all_hidden, weight, *saved, exponentials, shift = ctx.saved_tensors
         live = ((g != 0) | (h != 0)).nonzero()[:, 0]  # rows without upstream gradient (masked, clipped) cost nothing
         rows_of = (x.index_select(0, live) for x in (all_hidden, *saved, g, h))
@@ -160,53 +165,7 @@ class TiledTokenLogprob(torch.autograd.Function):
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
         d_hidden = torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype))
-        return d_hidden, d_weight, None, None, None, None
-
-
-class TokenLogprobSum(torch.autograd.Function):
-    """The sum, and at once its gradients: the logits of a few rows become their own gradient. Rows are the outer loop.
-
-    Also whether each target is the likeliest token, the first of those that are equally likely.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, g, h, temperature):
-        T, dtype, scale = len(hidden), stat_dtype(hidden), 1 / (temperature * LN2)
-        logprobs, entropy, top = *hidden.new_empty((2, T), dtype=dtype), torch.empty_like(targets, dtype=torch.bool)
-        trained, entropy_counts = any(ctx.needs_input_grad[:2]), bool(h.any())
-        d_hidden = torch.empty_like(hidden) if trained else None
-        d_weight = weight.new_zeros(weight.shape, dtype=dtype) if ctx.needs_input_grad[1] else None
-        tile, spare = hidden.new_empty((2, KEPT_ROWS * len(weight)), dtype=dtype)
-        for rows in blocks(T, KEPT_ROWS):
-            x, y = hidden[rows], targets[rows, None]
-            z = _logits(x, weight, tile)
-            highest, likeliest = z.max(-1, keepdim=True)
-            top[rows] = (likeliest == y)[:, 0]
-            chosen = z.gather(1, y)
-            z.sub_(highest).mul_(scale)
-            e = torch.exp2(z, out=_tile(spare, *z.shape))
-            total = e.sum(-1, keepdim=True)
-            entropy_rows = total.log() - LN2 * torch.linalg.vecdot(e, z)[:, None] / total
-            logprobs[rows] = ((chosen - highest) / temperature - total.log())[:, 0]
-            entropy[rows] = entropy_rows[:, 0]
-            if trained:
-                a, b = (upstream[rows, None].to(dtype) / -temperature for upstream in (g, h))
-                if entropy_counts:
-                    e.mul_(z.sub_(total.log2()).mul_(LN2 * b).add_(a + b * entropy_rows).div_(total))
-                else:
-                    e.mul_(a / total)
-                dz = e.scatter_add_(1, y, -a).to(weight.dtype)
-                d_hidden[rows] = product(dz, weight.t())
-                if d_weight is not None:
-                    d_weight += product(dz.t(), x.t())
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(logprobs, entropy, top)
-        return (g * logprobs + h * entropy).sum(), logprobs, entropy, top
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        found = (None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)
-        return *found, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -254,14 +213,17 @@ def token_logprob(
         return out[0], out[1]
     if group is not None:
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
-    scored = (targets_T != IGNORE).nonzero()[:, 0]  # ignored positions are left out before any work
+    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, False, logits=logits_TV)[:2]
+
+
+def _tiled(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *options, logits: Tensor | None = None):
+    """TiledTokenLogprob of the scored positions: the others are left out before any work."""
+    scored = (targets_T != IGNORE).nonzero()[:, 0]
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV)
-    logits_TV = None if logits_TV is None else logits_TV[scored]
-    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV
-    logprobs, entropy = TiledTokenLogprob.apply(*given)
-    zeros = logprobs.new_zeros(len(targets_T))
-    return zeros.index_copy(0, scored, logprobs), zeros.index_copy(0, scored, entropy)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options, logits)
+    logits = None if logits is None else logits[scored]
+    found = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], *options, logits)
+    return tuple(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
 def token_logprob_sum(
@@ -276,7 +238,8 @@ def token_logprob_sum(
 ):
     """sum_t (weights_t log-prob_t + entropy_weights_t entropy_t): for losses known before the forward pass, as SFT's.
 
-    Logits are then computed once and not twice: one product of four is saved. Other arguments are token_logprob's.
+    On a GPU logits are then computed once and not twice: one product of four is saved. Other arguments are
+    token_logprob's.
     Returns (the sum, logprobs_T, entropy_T, top_T), top_T bool: whether no token is likelier than the target. The sum
     alone carries gradients, to hidden and weight alone.
     """
@@ -295,10 +258,9 @@ def token_logprob_sum(
             total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
         out = out.detach()
         return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
-    scored = scored_T.nonzero()[:, 0]
-    hidden, targets, g, h = (x.index_select(0, scored) for x in (hidden_TD, targets_T, g, h))
-    total, *found = TokenLogprobSum.apply(hidden, weight_VD, targets, g, h, temperature)
-    return total, *(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
+    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, True)
+    total = torch.where(scored_T, g * logprobs + h * entropy, 0).sum()
+    return total, logprobs.detach(), entropy.detach(), top
 
 
 def logits_logprob(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0):

@@ -82,7 +82,7 @@ class CommonOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights in forward and backward; master weights: float32
     use_peft: bool = False  # train low-rank adapters (LoRA) beside the frozen model, and nothing else
-    adapter: str | None = None  # folder of an adapter to start from, whose rank, alpha and targets hold; none: fresh ones
+    adapter: str | None = None  # folder of an adapter to start from, whose rank, alpha and targets hold; none: fresh
     lora_r: int = 16  # rank of the adapters
     lora_alpha: int = 32  # what they add is multiplied by lora_alpha / lora_r
     lora_dropout: float = 0.05  # share of their inputs that training sets to 0, and sampling never
@@ -131,7 +131,7 @@ class CommonOptions:
         require(bool(self.lora_target_modules), "lora_target_modules", "", "names of projections, or all-linear")
         require(self.use_peft or self.adapter is None, "adapter", self.adapter, "given together with --use_peft")
         based = self.model is not None or not self.use_peft
-        require(based, "use_peft", "on", "given together with --model: the toy is in no folder that an adapter could name")
+        require(based, "use_peft", "on", "given together with --model: an adapter names its base, and the toy has no name")
         drawable = self.plot is None or self.plot.endswith((".png", ".svg"))
         require(drawable, "plot", self.plot, "the name of a .png or .svg file")
         can_draw = self.plot is None or importlib.util.find_spec("matplotlib")

@@ -58,15 +58,15 @@ def table(prompts: list[str], completions: list[str], rewards: list[float | None
     second = max(8, width - 12 - first)
     lines = [f"{'reward':>8}  {'prompt':<{first}}  completion"]
     for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
-        left = _fit(_escape(prompt)[::-1], first)[::-1]
+        left = _fit(printable(prompt)[::-1], first)[::-1]
         earned = "none" if reward is None else f"{reward:.3f}"
-        lines.append(f"{earned:>8}  {left}{' ' * (first - _columns(left))}  {_fit(_escape(completion), second)}")
+        lines.append(f"{earned:>8}  {left}{' ' * (first - _columns(left))}  {_fit(printable(completion), second)}")
     return "\n".join(lines)
 
 
-def _escape(text: str) -> str:
-    """Newlines, escape sequences, direction marks and the like as \\n, \\x1b, \\u202e."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, spared: str = "") -> str:
+    """Newlines, escape sequences, direction marks and the like as \\n, \\x1b, \\u202e, but for those spared."""
+    return "".join(c if c.isprintable() or c in spared else c.encode("unicode_escape").decode() for c in text)
 
 
 def _columns(text: str) -> int:

@@ -114,7 +114,7 @@ class RemoteEngine:
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
-        self.tensors = dict(lora.merged(self.policy))
+        self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
@@ -126,17 +126,18 @@ class RemoteEngine:
             over = threading.Event()
             futures = [pool.submit(self._complete, body, over) for body in bodies]
             try:
-                open_ = set(futures)
-                while open_:
-                    done, open_ = wait(open_, 0.2, FIRST_EXCEPTION)
+                open_, ready = set(futures), any(server.ready for server in self.servers)
+                while open_ or not ready:  # with nothing to ask for itself, rank 0 still has to send the weights
+                    done, open_ = wait(open_, 0.2, FIRST_EXCEPTION) if open_ else ((), over.wait(0.2) and ())
                     for future in done:
                         future.result()
-                    if any(server.ready for server in self.servers):
+                    ready = any(server.ready for server in self.servers)
+                    if ready:
                         stop = time.monotonic() + self.timeout_s
-                    elif open_ and time.monotonic() > stop:
+                    elif time.monotonic() > stop:
                         raise ConnectionError("no rollout server can be had: " + self._whys())
-                    if open_:
-                        self.revive(ids[0])
+                    if open_ or not ready:
+                        self.revive(ids[0] if ids else None)
             finally:
                 over.set()
                 for future in futures:

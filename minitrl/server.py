@@ -22,9 +22,10 @@ import sys
 import threading
 import time
 import traceback
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ class Config:
     served_model_name: str | None = None  # what clients call it; none: as --model says
     host: str = "127.0.0.1"  # address to listen on; others than loopback need a key
     port: int = 8000  # 0: any that is free
-    api_key: str | None = None  # bearer key for every route; better in the variable MINITRL_API_KEY, or in a file
+    api_key: str | None = field(default=None, repr=False)  # bearer key; better in MINITRL_API_KEY, or in a file
     api_key_file: str | None = None  # file that holds the key
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
@@ -104,18 +105,12 @@ class Job:
             self.events.put(None)
 
 
-def in_thread(function) -> Future:
-    """function() in a thread of its own, which keeps no process from ending."""
-    future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def fulfil(future: Future, function, *arguments) -> None:
+    """function(*arguments), and the future told of what it returns or raises."""
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 class Worker(threading.Thread):
@@ -130,11 +125,11 @@ class Worker(threading.Thread):
     def call(self, function, *arguments):
         """function(*arguments) in the engine's thread; what it returns or raises."""
         future = Future()
-        self.inbox.put((future, function, arguments))
+        self.inbox.put((future, function, *arguments))
         while True:
             try:
                 return future.result(timeout=5)
-            except TimeoutError:
+            except futures.TimeoutError:
                 if not self.is_alive():
                     raise Refused(503, "the engine has stopped") from None
 
@@ -146,11 +141,7 @@ class Worker(threading.Thread):
             while self.engine.idle or not self.inbox.empty():
                 if (item := self.inbox.get()) is None:
                     return
-                future, function, arguments = item
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
+                fulfil(*item)
             try:
                 self.engine.step()
             except Exception:  # such as logits that are not finite: those requests fail, the server goes on
@@ -163,6 +154,8 @@ class Worker(threading.Thread):
         size = len(prompts) * options["n"]
         if weights not in (None, self.digest):
             raise Refused(409, f"weights: the server holds {self.digest} (version {self.version})", "weights")
+        if size > self.max_queue:
+            raise Refused(400, f"n: {size} sequences in all are above --max_queue {self.max_queue}", "n")
         if self.pending + size > self.max_queue:
             raise Refused(429, f"{self.pending} sequences wait or run, and {size} more are above --max_queue",
                           **{"Retry-After": "1"})
@@ -240,10 +233,11 @@ class Weights:
                 timeout_s=self.config.transfer_timeout, listener=listener, unless=unless,
             )  # fmt: skip
             # Aside, since torch waits without limit for a store that takes a connection and says nothing.
-            meeting = in_thread(join)
+            meeting = Future()
+            threading.Thread(target=fulfil, args=(meeting, join), daemon=True).start()
             try:
                 self.bridge = meeting.result(self.config.transfer_timeout + 1)
-            except TimeoutError:
+            except futures.TimeoutError:
                 raise ConnectionError(f"nothing came of meeting at {host}:{port}") from None
 
     def update(self, generation: int, version: int, tensors) -> None:
@@ -332,7 +326,10 @@ class Connection(web.Connection):
         if logprobs is True or logprobs:
             raise Refused(400, "logprobs: 0 gives the sampled tokens' own; those of others are not kept", "logprobs")
         prompt = fields.take("prompt", (str, list), MUST, of=(str, list, int))
-        one = isinstance(prompt, str) or (prompt and not any(isinstance(part, (str, list)) for part in prompt))
+        numbers = 0 if isinstance(prompt, str) else sum(isinstance(part, int) for part in prompt)
+        one = isinstance(prompt, str) or (prompt and numbers == len(prompt))
+        if numbers and not one:
+            raise Refused(400, "prompt: a text, token ids, or a list of these", "prompt")
         return self.complete(fields, [prompt] if one else prompt, "text_completion", logprobs is not False, 16)
 
     def chat(self, fields: Fields):
@@ -426,6 +423,10 @@ class Connection(web.Connection):
         seeds = seeds if isinstance(seeds, list) else [seeds] * count
         if len(seeds) != count or not all(0 <= seed < 2**63 for seed in seeds):
             raise Refused(400, f"seed: from 0 to 2^63 - 1, or one for each of the {count} prompts", "seed")
+        limit = 64 * context_length(engine.model.config)  # before it is encoded, which takes seconds a MiB
+        texts = [[p] if isinstance(p, str) else [m["content"] for m in p if isinstance(m, dict)] for p in prompts]
+        if any(sum(map(len, parts)) > limit for parts in texts):
+            raise Refused(400, f"prompt: a text of more than {limit} characters, 64 a position of the model", "prompt")
         if self.server.draining:
             raise Refused(503, "the server is stopping", **{"Retry-After": "10"})
         job = Job(stream)

@@ -147,6 +147,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; special tokens spelt out in the text become their ids."""
         try:
+            if len(text) > 2**14:  # a batch lets other threads go on, and a server's must: a MiB takes seconds
+                return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
             return self.backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"cannot encode {text!r:.80}: not a text of valid Unicode") from error

@@ -10,7 +10,6 @@ import hmac
 import ipaddress
 import json
 import re
-import select
 import socket
 import socketserver
 import threading
@@ -252,10 +251,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def gone(self) -> bool:
         """Whether the client has closed its side: nobody waits for the answer then."""
-        with suppress(OSError):
-            ready = select.select([self.request], [], [], 0)[0]
-            return bool(ready) and not self.request.recv(1, socket.MSG_PEEK)
-        return True
+        try:
+            self.request.settimeout(0)
+            return not self.request.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

@@ -121,6 +121,17 @@ def test_a_template_whose_prefixes_do_not_line_up_is_refused_by_line(tmp_path):
         load(tmp_path, [{"prompt": CHAT[:1], "completion": CHAT[1:2]}], make(other))
 
 
+def test_a_prompt_for_the_assistant_that_takes_back_an_end_is_refused(tmp_path):
+    """Its prefix of the second answer is shorter than the first answer, whose end would be learnt twice."""
+    source = (
+        "{% for m in messages %}{{ m['content'] }}{% if not loop.last or not add_generation_prompt %}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    chat = [CHAT[0], CHAT[1], CHAT[3]]
+    with pytest.raises(ValueError, match="rows.jsonl:1: message 3: the chat template writes"):
+        load(tmp_path, [{"messages": chat}], make(source), assistant_only=True)
+
+
 def test_marks_are_of_the_template_not_of_the_messages(tmp_path):
     chat = [{"role": "user", "content": "{% generation %}"}, {"role": "assistant", "content": "b"}]
     tokenizer = make(MARKED)

@@ -168,9 +168,11 @@ def test_sizes():
     assert sum(map(len, lines.values())) <= 9000
 
 
-def test_grpo_loop_is_on_the_third_screen():
-    """The loop over steps, `for step in ...` or `while step < ...`, stands within grpo.py's first 150 lines."""
-    loops = [node for node in ast.walk(TREES[ROOT / "minitrl" / "grpo.py"]) if isinstance(node, (ast.For, ast.While))]
+@pytest.mark.parametrize("script", ["grpo", "ppo"])
+def test_the_loop_is_on_the_third_screen(script):
+    """The loop over steps, `for step in ...` or `while step < ...`, stands within the first 150 lines."""
+    tree = TREES[ROOT / "minitrl" / f"{script}.py"]
+    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]
     heads = {node: ast.unparse(node.target if isinstance(node, ast.For) else node.test) for node in loops}
     steps = [node for node, head in heads.items() if "step" in head and len(list(ast.walk(node))) > 100]
     assert steps and min(node.end_lineno for node in steps) <= 150

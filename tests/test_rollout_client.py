@@ -238,17 +238,19 @@ def test_grpo_against_a_server_is_grpo(tiny, tmp_path, world):
         torch.testing.assert_close(theirs[name], p, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_twenty_deterministic_steps_against_a_server_are_the_same_to_the_bit(tiny, tmp_path, dtype):
+@pytest.mark.parametrize("dtype, steps", [
+    ("bfloat16", 5), pytest.param("float32", 20, marks=pytest.mark.slow), pytest.param("bfloat16", 20, marks=pytest.mark.slow)
+])  # fmt: skip
+def test_deterministic_steps_against_a_server_are_the_same_to_the_bit(tiny, tmp_path, dtype, steps):
     """--deterministic on both sides: nothing depends on what was in a server's batch; KL(sampler, trainer) is 0."""
     flag = {"deterministic": True, "dtype": dtype}
     serve = {"deterministic": None, "dtype": dtype}
-    assert here_and_there(tiny, tmp_path, serve=serve, max_steps=20, **flag) == 20
+    assert here_and_there(tiny, tmp_path, serve=serve, max_steps=steps, **flag) == steps
     assert miniature.untimed(tmp_path / "here") == miniature.untimed(tmp_path / "there")
     ours, theirs = (weights(tmp_path / side / "final") for side in ("here", "there"))
     assert all(torch.equal(theirs[name], p) for name, p in ours.items())
     kls = [row["sampling/kl"] for row in miniature.steps(tmp_path / "there") if "sampling/kl" in row]
-    assert len(kls) > 5 and set(kls) == {0.0}
+    assert len(kls) > steps // 4 and set(kls) == {0.0}
 
 
 def test_adapters_are_merged_into_what_is_sent(tiny, tmp_path):

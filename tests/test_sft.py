@@ -9,9 +9,9 @@ import pytest
 import torch
 from faults import mutant, plant
 from miniature import Outcome, apart, rows, steps, untimed
-from test_resume import at, die, full_disk
+from test_resume import at, die, full_disk, last
 
-from minitrl import data, packing, runs, sft
+from minitrl import data, packing, runs, sft, training
 from minitrl.data import Documents
 from minitrl.distributed import World
 from minitrl.model import Model, ModelConfig
@@ -68,7 +68,7 @@ def gradients(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_is_one_by_one_however_it_is_split(model, tokens_per_microbatch, checkpointing, monkeypatch):
     monkeypatch.setattr(model, "gradient_checkpointing", checkpointing)
-    monkeypatch.setattr("minitrl.kernels.token_logprob.KEPT_ROWS", 16)
+    monkeypatch.setattr("minitrl.kernels.token_logprob.COLUMNS", 16)
     documents, chosen = some_documents(), np.array([7, 2, 2, 11, 0, 5, 9, 1])
     options = {"tokens_per_microbatch": tokens_per_microbatch, "max_length": 20}
     metrics, not_finite = sft.learn(model, documents, chosen, config(**options), ALONE)
@@ -249,13 +249,50 @@ def test_two_processes_are_one(files, tmp_path, options):
             assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=1e-4, abs=1e-5), name
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(files, tmp_path):
-    outcome = launch(argv(files, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant"))
-    assert outcome.code == 1 and "nothing was updated, the token ids are in" in outcome.err
-    (found,) = (tmp_path / "run").glob("not_finite_step_*_rank_0.json")
-    report = json.loads(found.read_text())
+def test_a_loss_that_is_not_finite_stops_before_the_update(files, tmp_path, monkeypatch):
+    """What is left behind are the rows of its micro-batch, not of the whole step."""
     read = data.load_demonstrations(files / "sums.jsonl", sft.checkpoint.load(files / "model")[1]).truncated(12)
-    assert report["rows"] and all(row["ids"] == [read.ids(row["row"]).tolist()] for row in report["rows"])
+    bad = data.order(30, 4, 4, 42)[2]  # a row of the second step
+    ids, logprob_sum = read.ids(bad).tolist(), Model.logprob_sum
+
+    def broken(model, pack, weights_T):
+        total, *rest = logprob_sum(model, pack, weights_T)
+        holds = any(part.tolist() == ids for part in packing.unpack(pack.tokens_T, pack))
+        return total * (torch.nan if holds else 1), *rest
+
+    monkeypatch.setattr(Model, "logprob_sum", broken)
+    with pytest.raises(training.NotFinite, match="step 2: the loss is nan; nothing was updated, the token ids are in"):
+        sft.main(argv(files, tmp_path / "run", eval_dataset=None, eval_steps=None, tokens_per_microbatch=14))
+    report = json.loads((tmp_path / "run" / "not_finite_step_2_rank_0.json").read_text())
+    assert bad in [row["row"] for row in report["rows"]] and len(report["rows"]) < 4
+    assert all(row["ids"] == [read.ids(row["row"]).tolist()] for row in report["rows"])
+    assert last(tmp_path / "run") == 1  # the step before was saved
+
+
+def test_a_gradient_that_is_not_finite_stops_too_and_names_all_rows(files, tmp_path, monkeypatch):
+    def step(optimizer, rate):
+        raise training.NotFinite("the gradient's norm is inf")
+
+    monkeypatch.setattr(training.Optimizer, "step", step)
+    with pytest.raises(training.NotFinite, match="step 1: the gradient's norm is inf; nothing was updated"):
+        sft.main(argv(files, tmp_path / "run"))
+    report = json.loads((tmp_path / "run" / "not_finite_step_1_rank_0.json").read_text())
+    assert [row["row"] for row in report["rows"]] == data.order(30, 0, 4, 42)
+
+
+def test_every_epoch_has_every_row_once(files, tmp_path, monkeypatch):
+    seen, learn = [], sft.learn
+
+    def watched(model, documents, chosen, *rest):
+        seen.append(chosen.tolist())
+        return learn(model, documents, chosen, *rest)
+
+    monkeypatch.setattr(sft, "learn", watched)
+    assert sft.main(argv(files, tmp_path / "run", max_steps=15, eval_steps=None, save_steps=4)) == 0
+    (first, *trained, last), held_out = seen, list(range(10))
+    assert first == last == held_out
+    rows = sum(trained, [])
+    assert sorted(rows[:30]) == sorted(rows[30:]) == list(range(30)) and rows[:30] != rows[30:]
 
 
 def test_the_embedded_default_learns(tmp_path):

@@ -306,7 +306,7 @@ def in_float32(op):
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_sum_is_that_of_its_parts(dtype, entropy, monkeypatch):
-    monkeypatch.setattr(kernel, "KEPT_ROWS", 7)
+    monkeypatch.setattr(kernel, "COLUMNS", 64)
     given = inputs(30, 200, 16, dtype)
     g, h = torch.randn(2, 30, dtype=dtype).unbind()
     g[given["targets"] == IGNORE] = torch.nan  # is not looked at
@@ -326,9 +326,12 @@ def test_the_sum_is_that_of_its_parts(dtype, entropy, monkeypatch):
     assert all((a - b).abs().max() <= bound for a, b in zip(*found))
 
 
-def test_the_likeliest_token_is_the_first_of_equals():
-    hidden, weight = torch.ones(3, 1), torch.tensor([0.0, 2.0, 2.0])[:, None]
-    assert kernel.token_logprob_sum(hidden, weight, torch.tensor([0, 1, 2]), torch.ones(3))[3].tolist() == [False, True, False]
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_the_likeliest_token_is_the_first_of_equals(columns, monkeypatch):
+    monkeypatch.setattr(kernel, "COLUMNS", columns)  # within a tile and across tiles
+    hidden, weight = torch.ones(4, 1), torch.tensor([0.0, 2.0, 2.0, 1.0])[:, None]
+    top = kernel.token_logprob_sum(hidden, weight, torch.arange(4), torch.ones(4))[3]
+    assert top.tolist() == [False, True, False, False]
 
 
 def test_a_frozen_weight_gets_no_gradient_and_the_states_do():
