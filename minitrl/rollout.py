@@ -329,12 +329,12 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Give a request's rows and pages back at once. Its unfinished completions end here, as "abort"."""
+        for s in [s for s in self.running if s.request is request]:
+            self._leave(s)
+        self.waiting = deque(s for s in self.waiting if s.request is not request)
         for s in request.sequences:
-            if s.row is not None:
-                self._leave(s)
             if request.results[s.index] is None:
                 request.results[s.index] = self._result(s, "abort")
-        self.waiting = deque(s for s in self.waiting if s.request is not request)
 
     def weights_changed(self, version: int) -> None:
         """The model's parameters are others: go on with these, over the keys and values that there are.
@@ -477,9 +477,10 @@ class Engine:
     def _name(self, s: _Sequence, count: int) -> None:
         """Make the pages known that the `count` tokens fed last fill."""
         size = self.pool.page_size
-        for page in range((s.cached - count) // size, s.cached // size):
-            if s.known is not None:
-                s.known = self.pool.name(s.pages[page], s.known, tuple(s.tokens[page * size : (page + 1) * size]))
+        filled = range((s.cached - count) // size, s.cached // size)
+        tokens = s.tokens if filled and s.known is not None else []
+        for page in filled if tokens else ():
+            s.known = self.pool.name(s.pages[page], s.known, tuple(tokens[page * size : (page + 1) * size]))
 
     def _forward(self, feeding: list[tuple[_Sequence, int]]) -> Tensor:
         """Feed tokens, those of completions that feed one first; (N, D) hidden states of each one's last token."""
@@ -571,6 +572,7 @@ class Engine:
         if deterministic:  # as the trainer computes it
             for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
                 plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
+                plain = [mine and (b, e) for b, mine in enumerate(plain)]
                 options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
                 exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
                 logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
