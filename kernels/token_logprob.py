@@ -81,7 +81,7 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, deterministic, likeliest=False, logits=None):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits=None, likeliest=False):
         multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
@@ -213,16 +213,17 @@ def token_logprob(
         return out[0], out[1]
     if group is not None:
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
-    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, False, logits=logits_TV)[:2]
+    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV)[:2]
 
 
-def _tiled(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *options, logits: Tensor | None = None):
+def _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV=None, likeliest=False):
     """TiledTokenLogprob of the scored positions: the others are left out before any work."""
     scored = (targets_T != IGNORE).nonzero()[:, 0]
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options, logits)
-    logits = None if logits is None else logits[scored]
-    found = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], *options, logits)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV, likeliest)
+    logits_TV = None if logits_TV is None else logits_TV[scored]
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV, likeliest
+    found = TiledTokenLogprob.apply(*given)
     return tuple(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
@@ -258,7 +259,7 @@ def token_logprob_sum(
             total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
         out = out.detach()
         return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
-    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, True)
+    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, likeliest=True)
     total = torch.where(scored_T, g * logprobs + h * entropy, 0).sum()
     return total, logprobs.detach(), entropy.detach(), top
 

@@ -569,13 +569,8 @@ class Engine:
         banned = [(b, token) for b, request in early for token in request.end_ids]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories, banned)
-        if deterministic:  # as the trainer computes it
-            for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
-                plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
-                plain = [mine and (b, e) for b, mine in enumerate(plain)]
-                options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
-                exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
-                logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
+        if deterministic:
+            logprobs_B = self._as_trained(sequences, hidden_BD, logits_BV, ids_B, logprobs_B)
         if not logprobs_B.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
         finished = []
@@ -596,6 +591,17 @@ class Engine:
             if completion and request.finished:
                 finished.append(request)
         return finished
+
+    def _as_trained(self, sequences, hidden_BD, logits_BV, ids_B, logprobs_B) -> Tensor:
+        """The log-probs by the trainer's arithmetic, where the temperature is all that changed the distribution."""
+        plain = [s.request.sampling.untouched and len(s.ids) >= s.request.min_tokens for s in sequences]
+        temperatures = [(s.request.sampling.temperature or 1.0) * mine for s, mine in zip(sequences, plain)]
+        for temperature in set(temperatures) - {0.0}:
+            options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
+            trained_B, _ = token_logprob(hidden_BD, self.model.head_weight, ids_B, **options)
+            mine_B = torch.tensor([other == temperature for other in temperatures], device=ids_B.device)
+            logprobs_B = torch.where(mine_B, trained_B, logprobs_B)
+        return logprobs_B
 
     def _completion(self, s: _Sequence) -> Completion | None:
         """The finished completion, or None while it goes on."""
