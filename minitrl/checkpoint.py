@@ -31,7 +31,6 @@ from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"  # lora.py's
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a float of so many bytes
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoints carry; it follows from config.json
 STATE_FORMAT, STATE_VERSION = "minitrl state", 1
@@ -110,7 +109,8 @@ def refuse_strangers(folder) -> None:
 @torch.no_grad()
 def fingerprint(model: Model) -> str:
     """A digest of the model's description and weights: sums over their bits, which are exact in any order."""
-    bits = {name: p.view(INTEGERS[p.element_size()]) for name, p in model.named_parameters()}
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = {name: p.view(integers[p.element_size()]) for name, p in model.named_parameters()}
     sums = {name: int(value.sum(dtype=torch.int64)) for name, value in bits.items()}
     return _digest_of({"config": model.config.to_hf(), "sums": sums})
 

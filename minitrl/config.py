@@ -38,6 +38,8 @@ REPLACED = {
     "dataset_test_split": "--eval_dataset FILE.jsonl",
     "reward_funcs": "--reward FILE.py:FUNCTION",
     "reward_model_name_or_path": "--reward FOLDER",
+    "precompute_ref_log_probs": "nothing: they always are; --reference_cache FOLDER keeps them for other runs",
+    "rpo_alpha": "--loss_type sigmoid sft --loss_weights 1 ALPHA",
     "bf16": "--dtype bfloat16 (the default; master weights are float32)",
     "fp16": "--dtype bfloat16",
     "torch_dtype": "--dtype",
@@ -143,6 +145,18 @@ class CommonOptions:
     def must(self, hold: bool, name: str, rule: str) -> None:
         """`require` for one of these options."""
         require(hold, name, getattr(self, name), rule)
+
+    def check_data(self) -> None:
+        """ValueError unless model and data are given together, or neither: the embedded default has its own."""
+        for given, other in (("model", "dataset"), ("dataset", "model")):
+            both = getattr(self, given) is None or getattr(self, other) is not None
+            self.must(both, given, f"given together with --{other}; without both, the embedded default runs")
+        if self.model is None:
+            own = "left out without --model: the embedded default has its own"
+            self.must(self.eval_dataset is None, "eval_dataset", own)
+            self.must(self.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+        evaluates = self.model is None or self.eval_dataset is not None
+        self.must(evaluates or not self.eval_steps, "eval_steps", "given with --eval_dataset")
 
 
 def parse(cls, argv: list[str] | None = None, preset: Callable[[dict], dict] | None = None):

@@ -52,18 +52,19 @@ class Adapters:
 
     settings: dict  # adapter_config.json's
     dropout: float
+    seed: int = 0
+    updates: int = 0  # of the optimizer, which counts them here
     all: list["Adapter"] = field(default_factory=list)
     reference: bool = False  # whether the model is the reference policy now
     keys_T: Tensor | None = None  # int32, odd: of the tokens that are trained on
 
     def prepare(self, pack) -> None:
-        """Take the tokens' keys for dropout: each a hash of the token, what stands before it, and the adapters' bits.
+        """Take the tokens' keys for dropout: each a hash of the token, what stands before it, the seed and the update.
 
-        So a token loses the same inputs however a step is divided, and a resumed run has no state to restore.
+        So a token loses the same inputs however a step is divided, and when it is computed again.
         """
         if self.dropout and torch.is_grad_enabled():
-            bits = (p.detach().view(checkpoint.INTEGERS[p.element_size()]) for p in self.all[-1].parameters())
-            stamp = sum(int(part.sum(dtype=torch.int64)) for part in bits)  # each update changes it, on all ranks alike
+            stamp = ((self.seed + 1) * 950706376 + self.updates * 742938285) % MERSENNE
             places_T = (pack.positions_T * 69621 + stamp) % MERSENNE
             sums = F.pad(((pack.tokens_T * 48271 + 1) % MERSENNE * places_T % MERSENNE).cumsum(0), (1, 0))
             begins_B, ends_B = sums[pack.cu_seqlens[:-1].long()], sums[pack.cu_seqlens[1:].long()]
@@ -130,8 +131,8 @@ def attach(model: Model, settings: dict, dropout: float = 0.0, seed: int = 0, wh
     model.requires_grad_(False)
     if model.score is not None:
         model.score.requires_grad_(True)
-    model.adapters, generator = Adapters(settings | {"target_modules": targets}, dropout), torch.Generator()
-    generator.manual_seed(seed)
+    model.adapters = Adapters(settings | {"target_modules": targets}, dropout, seed)
+    generator = torch.Generator().manual_seed(seed)
     for ours, modules in places.items():
         if modules.keys() & targets:
             linear = model.get_submodule(ours)
@@ -154,7 +155,7 @@ def adapt(model: Model, config, world: World) -> None:
     if not config.use_peft:
         return
     if config.adapter:
-        load(model, config.adapter, config.lora_dropout)
+        load(model, config.adapter, config.lora_dropout, config.seed)
     else:
         wanted = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "target_modules": config.lora_target_modules}
         attach(model, wanted, config.lora_dropout, config.seed)
@@ -229,7 +230,7 @@ def digest(model: Model) -> str:
 
 
 @torch.no_grad()
-def load(model: Model, folder, dropout: float = 0.0) -> None:
+def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
     """Attach the adapters of a PEFT folder. ValueError names the file, and what is not supported or does not fit."""
     path, file = Path(folder) / ADAPTER_CONFIG, Path(folder) / ADAPTER_FILE
     settings = read_json(path)
@@ -241,7 +242,7 @@ def load(model: Model, folder, dropout: float = 0.0) -> None:
     if not (numbers and isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
         raise ValueError(f"{path}: r, lora_alpha and target_modules must be a rank, a number and names, not {kept}")
     wanted = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
-    attach(model, wanted, dropout, where=f"{path}: target_modules")
+    attach(model, wanted, dropout, seed, where=f"{path}: target_modules")
     with checkpoint.opened(file) as found:
         expected, there = tensors(model), {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}
         for name in sorted(expected.keys() | there.keys()):

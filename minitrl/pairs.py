@@ -36,21 +36,13 @@ class PairOptions(CommonOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.examples_per_step >= 1, "examples_per_step", self.examples_per_step, "at least 1")
-        require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
-        # prompt, chosen and rejected are never divided over two micro-batches
-        require(self.tokens_per_microbatch >= 2 * self.max_length, "tokens_per_microbatch", self.tokens_per_microbatch,
-                f"at least 2 * --max_length = {2 * self.max_length}, for a pair's two answers")
-        for given, other in (("model", "dataset"), ("dataset", "model")):
-            both = getattr(self, given) is None or getattr(self, other) is not None
-            rule = f"given together with --{other}; without both, the embedded default runs"
-            require(both, given, getattr(self, given), rule)
-        if self.model is None:
-            require(self.dtype == "float32", "dtype", self.dtype, "float32 without --model: the embedded default is")
-            require(self.eval_dataset is None, "eval_dataset", self.eval_dataset,
-                    "left out without --model: the embedded default has its own")
-        require(self.model is None or self.eval_dataset is not None or not self.eval_steps, "eval_steps",
-                self.eval_steps, "given with --eval_dataset")
+        self.must(self.examples_per_step >= 1, "examples_per_step", "at least 1")
+        self.must(self.max_length >= 2, "max_length", "at least 2")
+        both = 2 * self.max_length  # prompt, chosen and rejected are never divided over two micro-batches
+        rule = f"at least 2 * --max_length = {both}, for a pair's two answers"
+        self.must(self.tokens_per_microbatch >= both, "tokens_per_microbatch", rule)
+        self.must(not self.log_completions, "log_completions", "off: there are none")
+        self.check_data()
 
 
 def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tuple[list[dict[str, Any]], int]:

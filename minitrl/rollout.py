@@ -571,7 +571,7 @@ class Engine:
         if deterministic:  # as the trainer computes it
             for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
                 plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
-                options = {"temperature": temperature, "deterministic": True}
+                options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
                 exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
                 logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
         if not logprobs_B.isfinite().all():

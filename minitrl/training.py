@@ -56,6 +56,7 @@ class Optimizer:
         self.whole = True  # whether all weights are of one and the same step: not if an error came amid an update
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters, self._grads, hooks = {}, {}, []
+        self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
         for name, p in self.parameters.items():
             if p.dtype in (torch.float32, torch.float64):
                 self.masters[name] = p
@@ -95,6 +96,8 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self._round_masters()
+        for adapters in self._counted:
+            adapters.updates += 1
         self.whole = True
         return norm.item()
 
@@ -133,6 +136,8 @@ class Optimizer:
                     f"{_shape(expected.get(name))} in the model"
                 )
         self.zero_grad()
+        for adapters in self._counted:
+            adapters.updates = step
         self.adam.state.clear()
         for name, master in self.masters.items():
             with torch.no_grad():

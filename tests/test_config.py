@@ -151,7 +151,8 @@ def test_trl_options_that_moved(capsys, name):
 
 
 def test_the_replacements_exist():
-    later = {"prompts_per_step", "num_iterations", "num_generations", "reward", "nproc_per_node"}  # the last: torchrun's
+    later = {"prompts_per_step", "examples_per_step", "num_iterations", "num_generations", "reward", "loss_type",
+             "max_length", "loss_weights", "reference_cache", "nproc_per_node"}  # fmt: skip  # the scripts', and torchrun's
     for name, remedy in REPLACED.items():
         named = {word.strip("-:,;()") for word in remedy.split() if word.startswith("--")}
         assert named <= {field.name for field in fields(CommonOptions)} | later, (name, named)

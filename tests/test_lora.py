@@ -243,7 +243,7 @@ def test_a_token_loses_the_same_inputs_wherever_it_stands(monkeypatch):
             assert torch.equal(mask, whole[key])
     everything = torch.stack([mask for mask in whole.values() if len(mask) == 24])
     assert len(everything.unique(dim=0)) == len(everything)  # no two tokens, no two adapters alike
-    stirred(model, seed=2)
+    model.adapters.updates += 1
     assert not any(torch.equal(mask, whole[key]) for key, mask in dropped_inputs(model, groups(), monkeypatch).items())
 
 
@@ -394,7 +394,7 @@ def test_an_adapter_of_another_base(tiny, folder, tmp_path):
     with pytest.raises(ValueError, match="trained on a base with other weights"):
         lora.load(other, path)
     lora.load(fresh(tiny, torch.bfloat16), path)  # the same one
-    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is \(3, 32\), with this base it must be \(3, 24\)"):
+    with pytest.raises(ValueError, match=r"down_proj.lora_A.weight is \(3, 64\), with this base it must be \(3, 32\)"):
         lora.load(model_of("llama", torch.float32), path)
     (path / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole safetensors file"):
@@ -459,8 +459,10 @@ def test_resumed_to_the_bit(tiny, tmp_path):
     outcome = launch([*argv, "--resume"])
     assert outcome.code == 0 and "going on after step 3" in outcome.out, outcome
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "killed")
-    for file in ("completions.jsonl", "final/adapter_model.safetensors", "checkpoints/step_4/optimizer.safetensors"):
+    for file in ("completions.jsonl", "checkpoints/step_4/optimizer.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
+    with trained(tmp_path / "whole") as one, trained(tmp_path / "killed") as two:
+        assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())
 
 
 def test_two_processes_are_one(tiny, tmp_path):
