@@ -14,6 +14,7 @@ Reading order, each file whole and from the top:
 10. kernels/         the operations that PyTorch alone does wastefully, each with its plain reference
 ppo.py is grpo.py with a value model in place of the group: a baseline for every token.
 sft.py fine-tunes on demonstrations; training.py has the loop that it shares with others that sample nothing.
+lora.py trains adapters beside a frozen model, in each of these; evaluate.py and chat.py look at what came out.
 toy.py is the model, the tokenizer and the task that `python -m minitrl.grpo` trains when it is given none.
 
 From Python: minitrl.load, minitrl.save, minitrl.Engine, minitrl.losses and minitrl.packing. They are imported when
