@@ -206,10 +206,10 @@ def wait() -> None:
         os._exit(0)
 
 
-def report(seconds: float) -> None:
+def report(seconds: float, **more) -> None:
     unit = 2**20 if sys.platform == "linux" else 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(json.dumps({"seconds": seconds, "peak_gib": peak}), file=sys.__stdout__, flush=True)
+    print(json.dumps({"seconds": seconds, "peak_gib": peak} | more), file=sys.__stdout__, flush=True)
 
 
 def work(side: str, section: str, dtype: str, model: str) -> None:
@@ -223,12 +223,12 @@ def work(side: str, section: str, dtype: str, model: str) -> None:
         report(seconds if isinstance(seconds, float) else time.perf_counter() - began)
 
 
-def compare(section: str, dtype: str, options) -> dict:
-    """Rounds in turn; the first of each side warms up and is not counted."""
+def take_turns(file: str, sides, section: str, dtype: str, options) -> dict[str, list[dict]]:
+    """What each side's process reports of its rounds, made in turn; the first of each warms up and is not counted."""
     processes = {}
-    for side in SECTIONS[section]:
+    for side in sides:
         python = options.peers if side == "theirs" else sys.executable
-        command = [python, __file__, "--worker", side, section, dtype, "--model", options.model]
+        command = [python, file, "--worker", side, section, dtype, "--model", options.model]
         quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[side] = subprocess.Popen(command, env=os.environ | quiet, stderr=subprocess.DEVNULL, **pipes)
@@ -244,6 +244,12 @@ def compare(section: str, dtype: str, options) -> dict:
                 rounds[side].append(json.loads(line))
     for process in processes.values():
         process.kill()
+    return rounds
+
+
+def compare(section: str, dtype: str, options) -> dict:
+    """The medians of both sides."""
+    rounds = take_turns(__file__, SECTIONS[section], section, dtype, options)
     row = {"section": section, "dtype": dtype}
     for side, results in rounds.items():
         row[f"{side}_seconds"] = [round(result["seconds"], 5) for result in results]

@@ -122,7 +122,6 @@ def _tiles(segments: list[tuple], key_rows, window: int | None, heads: int, kv_h
         for at in range(-(behind % rows) if fixed else 0, length, rows):  # fixed: by place, wherever the segment begins
             first, end = max(0, -at), min(rows, length - at)
             skipped = 0 if window is None else max(0, behind + at - window + 1)
-            skipped = skipped // FIXED_KEYS * FIXED_KEYS if fixed else skipped
             keys = behind + at + end - skipped
             keys = keys + -keys % FIXED_KEYS if fixed else keys
             units.append(Unit(keys, rows if fixed else end, b, start + at, behind + at, first, end, skipped))
@@ -219,7 +218,7 @@ def _softmax(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> tuple
 
 
 def _fixed_means(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The deterministic mode: each product is of so many queries and keys, and a block of keys follows another in order.
+    """The deterministic mode: a product is of so many queries and keys, and blocks of keys follow each other in order.
 
     A query always stands in the same row of its product, by its place, and a key in the same column. A block that a
     query does not see adds exact zeros. So its bits are those of any pack, chunk or step that it stands in.

@@ -72,8 +72,10 @@ def linear(
     if deterministic and x.is_cuda:
         y = matmul(x, weight.t())
         y = y if bias is None else y + bias
-    elif deterministic:
+    elif deterministic and torch.is_grad_enabled():
         y = OneDNNLinear.apply(x, weight, bias, fixed_product)
+    elif deterministic:
+        y = fixed_product(x, weight, bias)
     elif _sampling(x, weight):
         packed = _packed_once(weight, _pack)
         return _multiply(x, packed, bias) if residual is None else _multiply_and(x, packed, bias, residual, "add")
@@ -134,8 +136,9 @@ def fixed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         kinds = " or ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"deterministic: on a CPU it is there for x86-64 and {kinds}, not {x.dtype}, with oneDNN")
     packed = _pack(weight) if _packed is None else _packed_once(weight, _pack)
-    tiles = F.pad(x, (0, 0, 0, -len(x) % TILE)).split(TILE)
-    return torch.cat([_multiply(tile, packed, bias) for tile in tiles])[: len(x)]
+    whole = x if len(x) % TILE == 0 else F.pad(x, (0, 0, 0, -len(x) % TILE))
+    out = [_multiply(tile, packed, bias) for tile in whole.split(TILE)]
+    return (out[0] if len(out) == 1 else torch.cat(out))[: len(x)]
 
 
 class SwiGLU(torch.autograd.Function):

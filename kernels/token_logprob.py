@@ -81,7 +81,7 @@ class TiledTokenLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, deterministic, likeliest=False):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits=None, likeliest=False):
         multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
@@ -92,7 +92,10 @@ class TiledTokenLogprob(torch.autograd.Function):
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
         for c, columns in enumerate(blocks(V, COLUMNS)):
             for rows in blocks(T, ROWS):
-                z = _logits(hidden[rows], weight[columns], tile, multiply)
+                if logits is None:
+                    z = _logits(hidden[rows], weight[columns], tile, multiply)
+                else:
+                    z = _tile(tile, len(hidden[rows]), len(weight[columns])).copy_(logits[rows, columns])
                 mine, y = targets_within(targets[rows], columns)
                 chosen[rows][mine] = z[mine, y]
                 if likeliest:
@@ -162,7 +165,7 @@ class TiledTokenLogprob(torch.autograd.Function):
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
         d_hidden = torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype))
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -182,6 +185,7 @@ def token_logprob(
     *,
     temperature: float = 1.0,
     deterministic: bool = False,
+    logits_TV: Tensor | None = None,
     vocabulary: int | None = None,
     group=None,
 ):
@@ -191,6 +195,7 @@ def token_logprob(
     targets_T: (T,) int64, IGNORE (-100) where nothing is scored.
     deterministic: a token has the same bits in any batch: its log-prob, and on a GPU, where the log-prob has them
         always, its gradient too.
+    logits_TV: what `linear.logits` of the same made in the same mode, where it is at hand; a GPU has no use for it.
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
         rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
         bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
@@ -208,15 +213,17 @@ def token_logprob(
         return out[0], out[1]
     if group is not None:
         raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
-    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic)[:2]
+    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV)[:2]
 
 
-def _tiled(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *options):
+def _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV=None, likeliest=False):
     """TiledTokenLogprob of the scored positions: the others are left out before any work."""
     scored = (targets_T != IGNORE).nonzero()[:, 0]
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options)
-    found = TiledTokenLogprob.apply(hidden_TD[scored], weight_VD, targets_T[scored], *options)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV, likeliest)
+    logits_TV = None if logits_TV is None else logits_TV[scored]
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV, likeliest
+    found = TiledTokenLogprob.apply(*given)
     return tuple(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
@@ -252,7 +259,7 @@ def token_logprob_sum(
             total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
         out = out.detach()
         return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
-    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, True)
+    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, likeliest=True)
     total = torch.where(scored_T, g * logprobs + h * entropy, 0).sum()
     return total, logprobs.detach(), entropy.detach(), top
 

@@ -13,7 +13,8 @@ Reading order, each file whole and from the top:
  9. checkpoint.py    Hugging Face folders in and out, exact resume; tokenizer.py, data.py, rewards.py, config.py
 10. kernels/         the operations that PyTorch alone does wastefully, each with its plain reference
 ppo.py is grpo.py with a value model in place of the group: a baseline for every token.
-sft.py fine-tunes on demonstrations; training.py has the loop that it shares with others that sample nothing.
+sft.py fine-tunes on demonstrations, reward.py and dpo.py train on preferences (pairs.py); training.py has the loop that
+these share, who sample nothing.
 lora.py trains adapters beside a frozen model, in each of these; evaluate.py and chat.py look at what came out.
 toy.py is the model, the tokenizer and the task that `python -m minitrl.grpo` trains when it is given none.
 

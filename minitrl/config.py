@@ -38,6 +38,8 @@ REPLACED = {
     "dataset_test_split": "--eval_dataset FILE.jsonl",
     "reward_funcs": "--reward FILE.py:FUNCTION",
     "reward_model_name_or_path": "--reward FOLDER",
+    "precompute_ref_log_probs": "nothing: they always are; --reference_cache FOLDER keeps them for other runs",
+    "rpo_alpha": "--loss_type sigmoid sft --loss_weights 1 ALPHA",
     "bf16": "--dtype bfloat16 (the default; master weights are float32)",
     "fp16": "--dtype bfloat16",
     "torch_dtype": "--dtype",
@@ -144,6 +146,18 @@ class CommonOptions:
         """`require` for one of these options."""
         require(hold, name, getattr(self, name), rule)
 
+    def check_data(self) -> None:
+        """ValueError unless model and data are given together, or neither: the embedded default has its own."""
+        for given, other in (("model", "dataset"), ("dataset", "model")):
+            both = getattr(self, given) is None or getattr(self, other) is not None
+            self.must(both, given, f"given together with --{other}; without both, the embedded default runs")
+        if self.model is None:
+            own = "left out without --model: the embedded default has its own"
+            self.must(self.eval_dataset is None, "eval_dataset", own)
+            self.must(self.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
+        evaluates = self.model is None or self.eval_dataset is not None
+        self.must(evaluates or not self.eval_steps, "eval_steps", "given with --eval_dataset")
+
 
 def parse(cls, argv: list[str] | None = None, preset: Callable[[dict], dict] | None = None):
     """Fill the dataclass `cls`: its defaults, under the preset, under --config, under the command line.
@@ -196,7 +210,7 @@ def _from_command_line(cls, argv: list[str]) -> dict:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these options")
-    helps = _comments(cls)
+    helps = comments(cls)
     for field in dataclasses.fields(cls):
         kind, optional, many = _kind(cls, field.name)
         default = _default(field)
@@ -327,7 +341,7 @@ def _kind(cls, name: str) -> tuple[type, bool, bool]:
     return get_args(kind)[0] if many else kind, optional, many
 
 
-def _comments(cls) -> dict[str, str]:
+def comments(cls) -> dict[str, str]:
     """The comment behind each field, from the source of the class and of those that it extends."""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))

@@ -84,7 +84,7 @@ def fingerprint(rows: list[dict[str, Any]]) -> str:
     """A digest of what `load_prompts` or `pairs.load_preferences` gave: all ids and all columns, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([value for name, value in row.items() if name != "prompt"]).encode())
+        digest.update(json.dumps([value for name, value in row.items() if name != "prompt"], default=list).encode())
     return digest.hexdigest()
 
 

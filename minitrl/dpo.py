@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
-from .config import parse, require
+from .config import parse
 from .rollout import context_length
 
 
@@ -45,7 +45,15 @@ class Config(pairs.PairOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self)
+        known, count = ", ".join(losses.DPO_LOSS_TYPES), len(self.loss_type)
+        self.must(count > 0, "loss_type", f"one or several of {known}")
+        self.must(len(self.loss_weights) in (0, count), "loss_weights", f"{count} numbers, one for each loss")
+        self.must(self.beta > 0, "beta", "above 0")
+        self.must(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
+        smooths = self.label_smoothing == 0 or any(kind in losses.SMOOTHED for kind in self.loss_type)
+        rule = f"0 but with one of {', '.join(losses.SMOOTHED)}; the others take none"
+        self.must(smooths, "label_smoothing", rule)
+        self.must(self.discopop_tau > 0, "discopop_tau", "above 0")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,22 +202,6 @@ def learn(policy, rows, reference_P2, indices, config: Config, world, state: dic
         "offending": [indices[p] for p in offending] if indices else [],
         "state": {"delta": options["delta"]},
     }
-
-
-def check(config: Config) -> None:
-    """ValueError for a value, or a combination of values, that can't be run."""
-
-    def must(hold: bool, name: str, rule: str) -> None:
-        require(hold, name, getattr(config, name), rule)
-
-    must(len(config.loss_type) > 0, "loss_type", f"one or several of {', '.join(losses.DPO_LOSS_TYPES)}")
-    count = len(config.loss_type)
-    must(len(config.loss_weights) in (0, count), "loss_weights", f"{count} numbers, one for each loss")
-    must(config.beta > 0, "beta", "above 0")
-    must(0 <= config.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
-    smooths = config.label_smoothing == 0 or any(kind in losses.SMOOTHED for kind in config.loss_type)
-    must(smooths, "label_smoothing", f"0 but with one of {', '.join(losses.SMOOTHED)}; the others take none")
-    must(config.discopop_tau > 0, "discopop_tau", "above 0")
 
 
 if __name__ == "__main__":

@@ -64,17 +64,9 @@ class RolloutOptions(CommonOptions):
         count = len(self.reward)
         self.must(count > 0, "reward", "the name of a built-in reward, or file.py:function")
         self.must(len(self.reward_weights) in (0, count), "reward_weights", f"{count} numbers, one for each reward")
-        for given, other in (("model", "dataset"), ("dataset", "model")):
-            both = getattr(self, given) is None or getattr(self, other) is not None
-            self.must(both, given, f"given together with --{other}; without both, the embedded default runs")
-        if self.model is None:
-            own = "left out without --model: the embedded default has its own"
-            self.must(self.eval_dataset is None, "eval_dataset", own)
-            self.must(self.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
-            short = "left out without --model: its prompts are short"
-            self.must(self.max_prompt_length == 512, "max_prompt_length", short)
-        evaluates = self.model is None or self.eval_dataset is not None
-        self.must(evaluates or not self.eval_steps, "eval_steps", "given with --eval_dataset")
+        self.check_data()
+        short = self.model is not None or self.max_prompt_length == 512
+        self.must(short, "max_prompt_length", "left out without --model: its prompts are short")
 
 
 @dataclass(frozen=True)

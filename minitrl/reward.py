@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
-from .config import parse, require
+from .config import parse
 from .model import with_scalar_head
 from .rollout import context_length
 
@@ -36,8 +36,7 @@ class Config(pairs.PairOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        weight = self.center_rewards_coefficient
-        require(weight >= 0, "center_rewards_coefficient", weight, "at least 0")
+        self.must(self.center_rewards_coefficient >= 0, "center_rewards_coefficient", "at least 0")
 
 
 def main(argv: list[str] | None = None) -> int:

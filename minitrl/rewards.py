@@ -90,6 +90,8 @@ class RewardModel:
 
     def __init__(self, folder: str):
         self.folder, self.model = folder, None
+        if (Path(folder) / checkpoint.ADAPTER_CONFIG).is_file():
+            raise ValueError("an adapter's folder; merge it into its base: python -m minitrl.lora merge")
         description = read_json(Path(folder) / "config.json")
         if not ModelConfig.from_hf(description).scalar_head:
             raise ValueError("a language model's folder; a reward model's (...ForSequenceClassification) is needed, as "

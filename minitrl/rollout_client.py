@@ -114,7 +114,7 @@ class RemoteEngine:
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
-        self.tensors = dict(lora.merged(self.policy))
+        self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1

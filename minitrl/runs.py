@@ -35,7 +35,7 @@ from .distributed import barrier, gather_json, print0, stop
 MAY_CHANGE = (
     "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
     "num_completions_to_print report_to plot eval_steps save_steps save_total_limit rollout_server "
-    "rollout_timeout"
+    "rollout_timeout reference_cache"
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.

@@ -166,14 +166,7 @@ def check(config: Config) -> None:
     must(config.max_length is not None or not config.packing, "max_length", "given with --packing: how long a row is")
     fits = config.max_length is None or config.tokens_per_microbatch >= config.max_length
     must(fits, "tokens_per_microbatch", f"at least --max_length, {config.max_length} tokens")
-    for given, other in (("model", "dataset"), ("dataset", "model")):
-        both = getattr(config, given) is None or getattr(config, other) is not None
-        must(both, given, f"given together with --{other}; without both, the embedded default runs")
-    if config.model is None:
-        must(config.eval_dataset is None, "eval_dataset", "left out without --model: the embedded default has its own")
-        must(config.dtype == "float32", "dtype", "float32 without --model: the embedded default is")
-    must(config.model is None or config.eval_dataset is not None or not config.eval_steps, "eval_steps",
-         "given with --eval_dataset")
+    config.check_data()
     must(not config.log_completions, "log_completions", "off: there are none")
 
 

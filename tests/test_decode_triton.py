@@ -12,7 +12,7 @@ from interpreter import OutOfBounds, Race, interpreted  # noqa: E402
 
 from minitrl.kernels import decode_triton, targets  # noqa: E402
 from minitrl.kernels.attention import attention  # noqa: E402
-from minitrl.kernels.decode import decode, make_layout  # noqa: E402
+from minitrl.kernels.decode import decode, extend, make_chunks, make_layout  # noqa: E402
 from minitrl.packing import pack_groups  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -188,6 +188,26 @@ def test_deterministic_decoding_is_attentions_row_to_the_bit(window, dtype, monk
         assert launch.kernel is first.kernel and launch.options == first.options and len(others) == 3
         assert all(launch.values[name] == first.values[name] for name in constants)
         assert all(launch.values[f"{x}_stride"] % 16 == 0 == first.values[f"{x}_stride"] % 16 for x in "qkv")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+def test_chunks_of_prompts_have_attentions_bits(window, dtype):
+    """Several chunks at once, each against the cache of all that stands before its end."""
+    packed = pack_groups(zeros(70, 130), [zeros(60, 3), zeros(10)])
+    starts, generator = packed.cu_seqlens.tolist(), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(starts[-1], heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
+    own = [torch.arange(starts[b], starts[b + 1]) for b in range(5)]
+    sequences = [own[0], torch.cat([own[0], own[1]]), own[3], own[3][:129]]
+    befores = [0, 100, 17, 128]
+    k_pages, v_pages, table = paged(k, v, sequences, 16)
+    rows = torch.cat([sequence[before:] for sequence, before in zip(sequences, befores)])
+    with interpreted():
+        counts = [len(sequence) - before for sequence, before in zip(sequences, befores)]
+        chunks = make_chunks(befores, counts, table, k_pages, 4, window)
+        out = extend(q[rows], k_pages, v_pages, chunks, window=window)
+        whole = attention(q, k, v, packed.cu_seqlens, packed.prefixes_B, window=window)
+    assert torch.equal(out, whole[rows])
 
 
 def test_deterministic_decoding_on_a_cpu_is_an_error():

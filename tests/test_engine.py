@@ -9,7 +9,7 @@ from test_rollout import END, MODELS, Letters, assert_same, crowd, full_logprobs
 
 from minitrl.kernels.attention import attention
 from minitrl.kernels.decode import extend, make_chunks
-from minitrl.kernels.linear import TILE, linear, packed_weights, swiglu
+from minitrl.kernels.linear import HAS_ONEDNN, TILE, linear, packed_weights, swiglu
 from minitrl.kernels.token_logprob import token_logprob
 from minitrl.losses import sampling_weights
 from minitrl.packing import pack, pack_groups
@@ -49,14 +49,14 @@ def count_returns(engine, monkeypatch):
 # Memory
 
 
-@pytest.mark.parametrize("max_batch", [3, 64])
-def test_a_quarter_of_the_cache_finishes_everything_alike(monkeypatch, max_batch):
+@pytest.mark.parametrize("max_batch, budget", [(3, 16), (64, 16), (64, 1)])
+def test_a_quarter_of_the_cache_finishes_everything_alike(monkeypatch, max_batch, budget):
     model, options = tiny(), {"n": 3, "max_tokens": 40, "seed": 3, "ignore_eos": True, "temperature": 1.2}
     plenty = Engine(model, Letters(), page_size=4)
     most, take = [0], plenty.pool.take
     monkeypatch.setattr(plenty.pool, "take", lambda count: (take(count), most.append(plenty.pool.in_use))[0])
     expected = plenty.generate(crowd(), **options)
-    few = Engine(model, Letters(), page_size=4, max_pages=max(most) // 4, max_batch=max_batch, prefill_tokens=16)
+    few = Engine(model, Letters(), page_size=4, max_pages=max(most) // 4, max_batch=max_batch, prefill_tokens=budget)
     returned = count_returns(few, monkeypatch)
     assert_same(expected, few.generate(crowd(), **options))
     assert len(returned) > 5 or max_batch == 3
@@ -305,6 +305,20 @@ def test_every_token_knows_its_weights(monkeypatch):
             spans = [(v, a, b) for v, a, b in zip((0, 3, 4), cuts, cuts[1:]) if a < b]
             assert completion.versions == tuple(spans)
     assert {len(c.versions) for r in requests for c in r.results} >= {1, 3}
+
+
+def test_packed_weights_are_packed_anew():
+    """A model whose matrices are large enough to be packed: copies of the old weights must not serve the new ones."""
+    model = tiny(hidden_size=512, intermediate_size=600, num_hidden_layers=1)
+    engine = Engine(model, Letters())
+    for version in range(2):
+        request = engine.submit(prompt_of(5), max_tokens=4, ignore_eos=True)
+        finish(engine)
+        logprobs = full_logprobs(model, prompt_of(5), request.results[0].ids)
+        assert request.results[0].logprobs == pytest.approx(logprobs.tolist(), abs=1e-3)
+        assert engine.packed or not HAS_ONEDNN
+        changed(model)
+        engine.weights_changed(version + 1)
 
 
 def test_a_step_that_fails_leaves_no_page_named(monkeypatch):

@@ -255,6 +255,7 @@ def test_the_trainer_adds_up_the_same(loss_type, ranks, monkeypatch):
         max_prompt_length=9,
         max_completion_length=MAX_LENGTH,
         tokens_per_microbatch=30,
+        vllm_importance_sampling_correction=False,  # nobody sampled these
         **options,
     )
     monkeypatch.setattr(distributed, "sum_", lambda tensors, world: None)

@@ -46,14 +46,14 @@ def test_text(load, tokenizer):
     [row], dropped = load({"prompt": "2+3=", "chosen": "5", "rejected": "6<|im_end|>", "note": 1})
     assert texts(row, tokenizer) == ["2+3=", "5<|im_end|>", "6<|im_end|>"]  # one end token, given or not
     assert row["margin"] == 0.0 and dropped == 0
-    assert row["prompt_ids"] == tokenizer.prompt_ids("2+3=")
+    assert list(row["prompt_ids"]) == tokenizer.prompt_ids("2+3=")
 
 
 def test_messages(load, tokenizer):
     """The prompt's ids are those that sampling would begin with; what stands behind the end is no answer."""
     prompt = [{"role": "system", "content": "Be brief."}, user("2+3?")]
     [row], _ = load({"prompt": prompt, "chosen": [assistant("5")], "rejected": [assistant("six")], "margin": 2})
-    assert row["prompt_ids"] == tokenizer.prompt_ids(prompt)
+    assert list(row["prompt_ids"]) == tokenizer.prompt_ids(prompt)
     assert texts(row, tokenizer)[1:] == ["5<|im_end|>", "six<|im_end|>"] and row["margin"] == 2.0
     assert tokenizer.render([*prompt, assistant("5")], False) == "".join(texts(row, tokenizer)[:2]) + "\n"
 
@@ -69,10 +69,10 @@ def test_whole_conversations(load, tokenizer):
     """Their shared messages are the prompt, but for an answer that is the last thing they share."""
     shared = [user("Hi"), assistant("Hello."), user("2+3?")]
     [row], _ = load({"chosen": [*shared, assistant("5")], "rejected": [*shared, assistant("6")]})
-    assert row["prompt_ids"] == tokenizer.prompt_ids(shared) and texts(row, tokenizer)[1] == "5<|im_end|>"
+    assert list(row["prompt_ids"]) == tokenizer.prompt_ids(shared) and texts(row, tokenizer)[1] == "5<|im_end|>"
     chosen = [user("2+3?"), assistant("5"), user("Sure?"), assistant("Yes.")]
     [row], _ = load({"chosen": chosen, "rejected": chosen[:2]})
-    assert row["prompt_ids"] == tokenizer.prompt_ids(chosen[:1])
+    assert list(row["prompt_ids"]) == tokenizer.prompt_ids(chosen[:1])
     assert texts(row, tokenizer)[2] == "5<|im_end|>" and texts(row, tokenizer)[1].endswith("Yes.<|im_end|>")
 
 

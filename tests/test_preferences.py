@@ -14,7 +14,7 @@ from miniature import run as run_here
 from test_dpo_losses import formula
 from test_resume import at, breaks, die, full_disk
 
-from minitrl import checkpoint, dpo, losses, pairs, reward, rewards
+from minitrl import checkpoint, dpo, lora, losses, pairs, reward, rewards
 from minitrl.distributed import World
 from minitrl.losses import DPO_LOSS_TYPES
 from minitrl.model import Model, ModelConfig, with_scalar_head
@@ -362,6 +362,23 @@ def test_the_reference_is_kept_by_model_and_data(files, tmp_path):
     assert not was_read and "reference: computed again, since" in out
     assert untimed(tmp_path / "five") == untimed(tmp_path / "one")
     assert go("six")[0]
+
+
+def test_adapters(files, tmp_path):
+    """The reference is the model without them, and the start; a reward model's adapter has to be merged to reward."""
+    options = dict(use_peft=True, lora_r=4, lora_alpha=8, examples_per_step=30)
+    for name, script in SCRIPTS.items():
+        outcome = run_here(argv(files, tmp_path / name, **options), script)
+        assert outcome.code == 0, outcome
+    made = steps(tmp_path / "dpo")
+    assert abs(made[0]["loss"] - math.log(2)) < 1e-5 and made[-1]["loss"] < made[1]["loss"] - 1e-3
+    made = steps(tmp_path / "reward")
+    assert made[-1]["loss"] < made[0]["loss"]
+    with pytest.raises(ValueError, match="--reward .*: an adapter's folder; merge it into its base"):
+        rewards.load_rewards([str(tmp_path / "reward" / "final")])
+    merge = ["merge", "--adapter", str(tmp_path / "reward" / "final"), "--output_dir", str(tmp_path / "merged")]
+    assert lora.main(merge) == 0
+    assert [name for name, _ in rewards.load_rewards([str(tmp_path / "merged")])] == ["merged"]
 
 
 def test_without_a_reference(files, tmp_path):

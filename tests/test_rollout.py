@@ -278,6 +278,13 @@ OPTIONS = [
     {"min_p": 0.2},
     {"repetition_penalty": 1.8},
     {"repetition_penalty": 0.7},
+    {"temperature": 0.7, "top_k": 4},
+    {"temperature": 1.6, "top_p": 0.8},
+    {"temperature": 1.6, "min_p": 0.3},
+    {"top_k": 7, "top_p": 0.9},
+    {"top_k": 5, "min_p": 0.1},
+    {"top_p": 0.9, "min_p": 0.1},
+    {"top_p": 0.7, "repetition_penalty": 1.5},
     {"temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.3},
 ]
 

@@ -175,6 +175,21 @@ def test_a_store_listens_where_it_is_told_and_nowhere_else():
     assert transfer.local_address("127.0.0.1", 1) == "127.0.0.1"
 
 
+def listening() -> set[str]:
+    """Where this process listens, as the system has it: hexadecimal addresses."""
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+    lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]]
+    return {fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and f"socket:[{fields[9]}]" in links}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="reads Linux's tables")
+def test_store_and_group_listen_on_loopback_alone():
+    before = listening()
+    ends = meet(lambda bridge: listening(), lambda bridge: listening())
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert all(end and end - before <= loopback for end in ends), ends
+
+
 def two_worlds(ports):
     """Rank 0 trains in a world of its own, rank 1 rolls out in another: neither world knows of the bridge."""
     rank = int(os.environ["RANK"])

@@ -144,7 +144,7 @@ def test_our_pairs_are_their_ids(moved):
     made, _, _, rows, _ = moved
     for i, row in enumerate(rows):
         assert {name: made.train_dataset[i][name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} == {
-            name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+            name: list(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
 def compare(mine, log, names):
