@@ -255,7 +255,7 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
         for name, parameter in expected.items():
             parameter.copy_(found.get_tensor(name))
     for adapter in model.adapters.all:
-        adapter.start = tuple(part.clone() for part in adapter.stacked())
+        adapter.start = adapter.stacked()  # copies
 
 
 def open_model(folder: str, base: str | None = None, dtype=torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
