@@ -24,7 +24,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8"],
-        "parity": ["transformers>=5", "trl==1.16.0"],
+        "parity": ["transformers>=5", "trl==1.16.0", "peft>=0.17"],
         "peers": ["liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],  # kernels that benchmarks compare ours with
         "plot": ["matplotlib>=3.8"],
         "tensorboard": ["tensorboard>=2.15"],

@@ -3,9 +3,10 @@
     python -m benchmarks.curves toy                    the embedded default, seeds 0, 1, 2
     python -m benchmarks.curves chain_sum --data OUT   SmolLM2-135M-Instruct on sums
     python -m benchmarks.curves gsm8k --data OUT       the same model, a few steps of real word problems
+    python -m benchmarks.curves family                 the embedded default of every other algorithm
 
-OUT is what `python -m benchmarks.real OUT` made. Every arm is one run of `python -m minitrl.grpo`, by the command that
-stands in the result.
+OUT is what `python -m benchmarks.real OUT` made. Every arm is one run of a script, by the command that stands in the
+result.
 Writes benchmarks/results/NAME.json and NAME.svg.
 """
 
@@ -36,11 +37,20 @@ EXPERIMENTS = {  # name -> (command line, seeds, rewards: the task's, and the co
     "chain_sum": (CHAIN_SUM, (0,), ("number", "random")),
     "gsm8k": (GSM8K, (0,), ("number",)),
 }
+FAMILY = {  # algorithm -> its script and options, and what of a held-out evaluation it is to raise
+    "SFT": ("sft", "eval/mean_token_accuracy"),
+    "reward model": ("reward", "eval/accuracy"),
+    "DPO": ("dpo", "eval/rewards/accuracies"),
+    "PPO": ("ppo", "eval/accuracy"),
+    "PPO, random reward": ("ppo --reward random", "eval/accuracy"),
+    "RLOO": ("grpo --advantage_estimator rloo", "eval/accuracy"),
+    "REINFORCE++": ("grpo --advantage_estimator reinforce_plus_plus", "eval/accuracy"),
+}
 
 
 def run(arguments: str, threads: int) -> dict:
-    """One run: its metrics by step, the seconds that the whole command took, and those of all cores together."""
-    command = f"-m minitrl.grpo {arguments}"
+    """One run of a script: its metrics by step, the seconds that the command took, and those of all cores together."""
+    command = f"-m minitrl.{arguments}"
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -90,29 +100,48 @@ def draw(name: str, rows: list[dict]) -> None:
     figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
 
 
+def relative(name: str, threads: int) -> dict:
+    """A row of the family: what the embedded default of an algorithm makes of its held-out data."""
+    arguments, metric = FAMILY[name]
+    result = run(f"{arguments} --seed 0", threads)
+    values = [row[metric] for row in result["metrics"] if row.get(metric) is not None]
+    row = {"algorithm": name, "command": result["command"], "metric": metric, "before": values[0], "after": values[-1]}
+    row |= {"steps": result["metrics"][-1]["step"]} | {n: round(result[n], 1) for n in ("seconds", "cpu_seconds")}
+    print(row, flush=True)
+    return row
+
+
+def write(options, rows: list[dict]) -> None:
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    command = f"python -m benchmarks.curves {options.experiment} --jobs {options.jobs}"
+    value = {"command": command, "machine": machine, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{options.experiment}.json").write_text(json.dumps(value, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "family"])
     parser.add_argument("--data", default="OUT", help="folder that benchmarks.real made")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     options = parser.parse_args()
+    if options.experiment == "family":
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(lambda name: relative(name, os.cpu_count() // options.jobs), FAMILY))
+        return write(options, rows)
     arguments, seeds, arms = EXPERIMENTS[options.experiment]
     filled = arguments.replace("{data}", options.data)
     cases = [(reward, seed) for seed in seeds for reward in arms]
 
     def case(reward: str, seed: int) -> dict:
-        result = run(filled.format(seed=seed) + f" --reward {reward}", os.cpu_count() // options.jobs)
+        result = run(f"grpo {filled.format(seed=seed)} --reward {reward}", os.cpu_count() // options.jobs)
         row = summary(reward, seed, result)
         print({key: value for key, value in row.items() if key not in ("rewards", "accuracies", "command")}, flush=True)
         return row | {"command": row["command"].replace(options.data, "OUT")}
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(case, *zip(*cases)))
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    command = f"python -m benchmarks.curves {options.experiment} --jobs {options.jobs}"
-    value = {"command": command, "machine": machine, "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.experiment}.json").write_text(json.dumps(value, indent=1) + "\n")
+    write(options, rows)
     draw(options.experiment, rows)
 
 

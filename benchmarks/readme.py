@@ -6,13 +6,15 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 import ast
 import json
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
 from benchmarks import kernel_cases, kernels
-from minitrl import grpo
+from minitrl import dpo, grpo, ppo, reward, server, sft
+from minitrl.config import CommonOptions, comments
+from minitrl.experience import RolloutOptions
 from minitrl.kernels.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +22,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 READING_ORDER = (
     "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py "
-    "kernels/token_logprob.py kernels/attention.py kernels/linear.py minitrl/rollout.py kernels/decode.py "
+    "kernels/token_logprob.py kernels/attention.py kernels/linear.py minitrl/rollout.py minitrl/sampling.py "
+    "kernels/decode.py minitrl/ppo.py minitrl/sft.py minitrl/reward.py minitrl/dpo.py minitrl/pairs.py minitrl/lora.py "
+    "minitrl/evaluate.py minitrl/chat.py minitrl/server.py minitrl/web.py minitrl/rollout_client.py minitrl/transfer.py "
     "kernels/targets.py kernels/grpo_loss_triton.py kernels/token_logprob_triton.py kernels/logits_logprob_triton.py "
     "kernels/attention_triton.py kernels/decode_triton.py kernels/matmul.py kernels/matmul_triton.py "
     "minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py minitrl/console.py "
@@ -60,7 +64,16 @@ TRL_DEFAULTS = {
     "top_entropy_quantile": ("1.0", None),
     "top_k": ("0", "50"),
     "top_p": ("1.0", "1.0"),
+    "lora_alpha": ("32", "32"),
+    "lora_dropout": ("0.05", "0.05"),
+    "lora_r": ("16", "16"),
+    "lora_target_modules": ("PEFT's, by model", "PEFT's, by model"),
     "use_bias_correction_kl": ("true", None),
+    "use_peft": ("false", "false"),
+    "vllm_importance_sampling_clip_max": ("3.0", None),
+    "vllm_importance_sampling_clip_min": ("none", None),
+    "vllm_importance_sampling_correction": ("true", None),
+    "vllm_importance_sampling_mode": ("sequence_mask", None),
     "warmup_steps": ("0", "0"),
     "weight_decay": ("0.0", "0.0"),
 }
@@ -113,17 +126,72 @@ def grpo_step() -> str:
     return markdown(head, rows)
 
 
+def shown(value) -> str:
+    """A default as a table has it."""
+    plain = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (plain.lower() if value is None or isinstance(value, bool) else plain) or "none"
+
+
+def options(script, *common) -> str:
+    """A script's options but those that `common` has with the same default, and what each means."""
+    known = {field.name: field.default for base in common for field in fields(base)}
+    rows = [
+        [f"`{field.name}`", "required" if field.default is MISSING else shown(field.default), meaning]
+        for field in fields(script.Config)
+        if field.default != known.get(field.name, MISSING) and (meaning := comments(script.Config)[field.name])
+    ]
+    return markdown(["option", "default", "what"], rows)
+
+
+def family() -> str:
+    """What the embedded default of each algorithm comes to."""
+    rows = [
+        [
+            row["algorithm"],
+            f"`{row['command']}`",
+            f"`{row['metric']}` {row['before']:.3f} → {row['after']:.3f}",
+            row["steps"],
+            f"{row['cpu_seconds']:.0f} core-seconds",
+        ]
+        for row in result("family")["rows"]
+    ]
+    head = ["algorithm", "command", "held out", "steps", "whole command"]
+    return markdown(head, rows) + f"\n\n`{result('family')['command']}`"
+
+
+def packing() -> str:
+    """Packing and truncation of token counts alone, against TRL's own."""
+    rows = []
+    for row in result("packing")["rows"]:
+        for name, seconds in row["medians"].items():
+            share = row["occupancy"] if row["section"] == "million" else row.get("occupancy", {}).get(name)
+            full = f"{share:.2%}" if isinstance(share, float) and name not in ("sort", "truncation") else "–"
+            rows.append([row["section"], f"{row['documents']:,}", name, f"{seconds:.4f} s", full])
+    return markdown(["work", "documents", "whose", "median", "rows filled"], rows)
+
+
+def server_load() -> str:
+    """What came of the server under load."""
+    found = result("server_load")
+    done, health, memory = found["completions"], found["health"], found["rss_mib"]
+    rows = [
+        ["seconds", f"{found['seconds']:.0f}"],
+        ["completions that were right", f"{done['right']:,}"],
+        ["and over a weight update", done["right, over a weight update"]],
+        ["wrong", sum(n for kind, n in (done | found["attacks"]).items() if kind.startswith("WRONG"))],
+        ["attacks", f"{sum(found['attacks'].values()):,} ({', '.join(found['attacks'])})"],
+        ["/health, ms: median, 99 %, longest", ", ".join(f"{health[k]:.0f}" for k in ("p50_ms", "p99_ms", "max_ms"))],
+        ["memory after a quarter, at the end", f"{memory['after a quarter']}, {memory['at the end']} MiB"],
+    ]  # fmt: skip
+    return markdown(["", ""], rows) + f"\n\n`{found['command']}`"
+
+
 def defaults() -> str:
     """Every option of grpo.py, with TRL's default where it has the option."""
-
-    def shown(value) -> str:
-        plain = " ".join(value) if isinstance(value, tuple) else str(value)
-        return plain.lower() if value is None or isinstance(value, bool) else plain
-
     rows = []
     for field in fields(grpo.Config):
         new, old = TRL_DEFAULTS.get(field.name, (None, None))
-        rows.append([f"`{field.name}`", shown(field.default) or "none", new or "–", old or "–"])
+        rows.append([f"`{field.name}`", shown(field.default), new or "–", old or "–"])
     return markdown(["option", "minitrl", "TRL 1.16", "TRL 0.16.0"], rows)
 
 
@@ -211,6 +279,14 @@ TABLES = {
     "files": files,
     "defaults": defaults,
     "tests": tests,
+    "family": family,
+    "packing": packing,
+    "server_load": server_load,
+    "options_sft": lambda: options(sft, CommonOptions),
+    "options_reward": lambda: options(reward, CommonOptions),
+    "options_dpo": lambda: options(dpo, CommonOptions),
+    "options_ppo": lambda: options(ppo, RolloutOptions),
+    "options_server": lambda: options(server),
     "kernel_bytes": kernel_bytes,
     "kernel_compile": kernel_compile,
     "kernel_peers": kernel_peers,
@@ -234,7 +310,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    for path in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
+    for path in (ROOT / "README.md", ROOT / "minitrl" / "README.md", ROOT / "kernels" / "README.md"):
         path.write_text(filled(path.read_text()))
 
 

@@ -25,7 +25,7 @@ import yaml
 
 # Options of TRL, transformers and accelerate that have another name here, or another place.
 REPLACED = {
-    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (over all processes) and --tokens_per_microbatch",
+    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (in all) and --tokens_per_microbatch",
     "gradient_accumulation_steps": "--tokens_per_microbatch: a step is cut into micro-batches of that many tokens",
     "generation_batch_size": "--prompts_per_step times --num_generations",
     "steps_per_generation": "--num_iterations: every optimizer step trains on the whole generated batch",
@@ -133,7 +133,7 @@ class CommonOptions:
         require(bool(self.lora_target_modules), "lora_target_modules", "", "names of projections, or all-linear")
         require(self.use_peft or self.adapter is None, "adapter", self.adapter, "given together with --use_peft")
         based = self.model is not None or not self.use_peft
-        require(based, "use_peft", "on", "given together with --model: an adapter names its base, and the toy has no name")
+        require(based, "use_peft", "on", "given together with --model: an adapter names its base")
         drawable = self.plot is None or self.plot.endswith((".png", ".svg"))
         require(drawable, "plot", self.plot, "the name of a .png or .svg file")
         can_draw = self.plot is None or importlib.util.find_spec("matplotlib")
@@ -210,7 +210,7 @@ def _from_command_line(cls, argv: list[str]) -> dict:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of these options")
-    helps = _comments(cls)
+    helps = comments(cls)
     for field in dataclasses.fields(cls):
         kind, optional, many = _kind(cls, field.name)
         default = _default(field)
@@ -341,7 +341,7 @@ def _kind(cls, name: str) -> tuple[type, bool, bool]:
     return get_args(kind)[0] if many else kind, optional, many
 
 
-def _comments(cls) -> dict[str, str]:
+def comments(cls) -> dict[str, str]:
     """The comment behind each field, from the source of the class and of those that it extends."""
     source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))

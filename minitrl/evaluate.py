@@ -3,11 +3,9 @@
     accuracy    share of completions whose first reward is at least 1, with Wilson's interval
     pass@k      chance that one of k completions is right, from n of them without bias (arXiv 2107.03374, eq. 1):
                 1 - C(n - c, k) / C(n, k) of a prompt with c right ones
-    difference  between two models on the same prompts; p is McNemar's exact test of the prompts that one alone got
-                right (n = 1), or a sign-flip test on the prompts' shares (n > 1)
+    difference  of two models on the same prompts; p by McNemar's exact test (n = 1), or by flipping signs (n > 1)
 
-One completion a prompt is greedy, several are sampled. Prompts are independent and completions of one are not, so all
-intervals (95 %) are over prompts.
+One completion a prompt is greedy, several are sampled. Intervals are of 95 %, over prompts: they alone are independent.
 
     python -m minitrl.evaluate --model BASE OUT/final --dataset test.jsonl --reward number --num_generations 8
 """
@@ -88,27 +86,25 @@ def evaluate(name: str, functions, config: Config, world) -> dict:
         engine, rows, seeds, functions, torch.ones(len(functions)), world, num_generations=n, step=0,
         timeout_s=config.reward_timeout, sampling=sampling | {"max_tokens": config.max_completion_length},
     )  # fmt: skip
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
     right_P = (rollouts.rewards_PGF[..., 0] >= 1).sum(1).numpy()
     return {
         "model": name, "prompts": len(rows), "prompts_left_out": dropped, "accuracy": float(right_P.mean() / n),
         "interval": interval(right_P / n, n),
-        **{f"pass@{k}": float(pass_at_k(n, right_P, k).mean()) for k in sorted({2**i for i in range(20)} | {n}) if k <= n},
+        **{f"pass@{k}": float(pass_at_k(n, right_P, k).mean()) for k in ks},
         **experience.rollout_metrics(rollouts, functions), "right": right_P.tolist(),
         "digest": data.fingerprint([{"text": row["prompt"]} for row in rows]),
     }  # fmt: skip
 
 
 def pass_at_k(n: int, right_P, k: int) -> np.ndarray:
-    """(P,) of n completions, right_P of them right: the chance that k drawn from them without return hold a right one."""
+    """(P,) the chance that k of n completions, right_P of them right, hold a right one."""
     wrong = np.maximum(n - np.asarray(right_P)[:, None] - np.arange(k), 0)  # those left before each draw
     return 1 - np.prod(wrong / (n - np.arange(k)), axis=1)
 
 
 def interval(shares_P: np.ndarray, n: int) -> list[float]:
-    """Wilson's interval of the mean, for as many trials as would give it the variance that it has over prompts (Kish).
-
-    That is all P n of them if completions of a prompt are independent, and P if they are all alike.
-    """
+    """Wilson's, for as many trials, from P to P n, as would give the mean the variance that it has over prompts."""
     P, p = len(shares_P), float(shares_P.mean())
     variance = float(shares_P.var(ddof=1)) / P if P > 1 and n > 1 else 0.0
     trials = min(max(p * (1 - p) / variance, P), P * n) if variance > 0 else P

@@ -114,7 +114,7 @@ class Adapter(nn.Module):
 def attach(model: Model, settings: dict, dropout: float = 0.0, seed: int = 0, where="--lora_target_modules") -> None:
     """Freeze the model, but for a scalar head, and put fresh adapters beside it, the same ones for a seed.
 
-    settings: r, lora_alpha and target_modules of an adapter_config.json.  where: the name of target_modules in an error.
+    settings: r, lora_alpha and target_modules of an adapter_config.json.  where: target_modules' name in an error.
     """
     assert model.adapters is None, "the model has adapters"
     places = {}  # our Linear -> {projection: (name in a checkpoint, rows)}
@@ -167,7 +167,7 @@ def adapt(model: Model, config, world: World) -> None:
 
 
 def reference_of(model: Model) -> Model:
-    """The reference policy, to be used within `as_reference`: the model itself if it has adapters, else a frozen copy."""
+    """The reference policy, for use within `as_reference`: the model itself if it has adapters, else a frozen copy."""
     return model if model.adapters else copy.deepcopy(model).requires_grad_(False)
 
 
@@ -207,13 +207,14 @@ def merge_(model: Model) -> None:
 
 
 def save(model: Model, tokenizer: Tokenizer, folder) -> str:
-    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which it is."""
+    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which."""
     if model.adapters is None:
         checkpoint.save(model, tokenizer, folder)
         return "Hugging Face"
     head = model.score is not None
     plain = {"peft_type": "LORA", "bias": "none", "lora_dropout": model.adapters.dropout, "inference_mode": True,
-             "task_type": "SEQ_CLS" if head else "CAUSAL_LM", "modules_to_save": ["classifier", "score"] if head else None}
+             "modules_to_save": ["classifier", "score"] if head else None,
+             "task_type": "SEQ_CLS" if head else "CAUSAL_LM"}  # fmt: skip
     checkpoint.refuse_strangers(folder)
     with checkpoint.published(Path(os.path.realpath(folder))) as temporary:
         write_json(temporary / ADAPTER_CONFIG, model.adapters.settings | plain)
@@ -237,11 +238,11 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
     for name, value in settings.items():
         if value and name not in READ and value != PLAIN.get(name):
             raise ValueError(f"{path}: {name} {value!r} is not supported; merge that adapter into its base with peft")
-    rank, alpha, targets = kept = [settings.get(name) for name in ("r", "lora_alpha", "target_modules")]
+    wanted = {name: settings.get(name) for name in ("r", "lora_alpha", "target_modules")}
+    rank, alpha, targets = wanted.values()
     numbers = type(rank) is int and rank >= 1 and type(alpha) in (int, float) and alpha > 0
     if not (numbers and isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
-        raise ValueError(f"{path}: r, lora_alpha and target_modules must be a rank, a number and names, not {kept}")
-    wanted = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+        raise ValueError(f"{path}: {wanted} must be a rank, a number above 0 and a list of names")
     attach(model, wanted, dropout, seed, where=f"{path}: target_modules")
     with checkpoint.opened(file) as found:
         expected, there = tensors(model), {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}
@@ -254,7 +255,7 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
         for name, parameter in expected.items():
             parameter.copy_(found.get_tensor(name))
     for adapter in model.adapters.all:
-        adapter.start = tuple(part.clone() for part in adapter.stacked())
+        adapter.start = adapter.stacked()  # copies
 
 
 def open_model(

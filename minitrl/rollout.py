@@ -330,12 +330,12 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Give a request's rows and pages back at once. Its unfinished completions end here, as "abort"."""
+        for s in [s for s in self.running if s.request is request]:
+            self._leave(s)
+        self.waiting = deque(s for s in self.waiting if s.request is not request)
         for s in request.sequences:
-            if s.row is not None:
-                self._leave(s)
             if request.results[s.index] is None:
                 request.results[s.index] = self._result(s, "abort")
-        self.waiting = deque(s for s in self.waiting if s.request is not request)
 
     def weights_changed(self, version: int) -> None:
         """The model's parameters are others: go on with these, over the keys and values that there are.
@@ -478,9 +478,10 @@ class Engine:
     def _name(self, s: _Sequence, count: int) -> None:
         """Make the pages known that the `count` tokens fed last fill."""
         size = self.pool.page_size
-        for page in range((s.cached - count) // size, s.cached // size):
-            if s.known is not None:
-                s.known = self.pool.name(s.pages[page], s.known, tuple(s.tokens[page * size : (page + 1) * size]))
+        filled = range((s.cached - count) // size, s.cached // size)
+        tokens = s.tokens if filled and s.known is not None else []
+        for page in filled if tokens else ():
+            s.known = self.pool.name(s.pages[page], s.known, tuple(tokens[page * size : (page + 1) * size]))
 
     def _forward(self, feeding: list[tuple[_Sequence, int]]) -> Tensor:
         """Feed tokens, those of completions that feed one first; (N, D) hidden states of each one's last token."""
@@ -569,12 +570,8 @@ class Engine:
         banned = [(b, token) for b, request in early for token in request.end_ids]
         uniforms_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories, banned)
-        if deterministic:  # as the trainer computes it
-            for temperature in {sampling.temperature or 1.0 for sampling in samplings}:
-                plain = [(s.temperature or 1.0) == temperature and s.untouched for s in samplings]
-                options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
-                exact_B = token_logprob(hidden_BD, weight, ids_B, **options)[0]
-                logprobs_B = torch.where(torch.tensor(plain, device=ids_B.device), exact_B, logprobs_B)
+        if deterministic:
+            logprobs_B = self._as_trained(sequences, hidden_BD, logits_BV, ids_B, logprobs_B)
         if not logprobs_B.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
         finished = []
@@ -595,6 +592,17 @@ class Engine:
             if completion and request.finished:
                 finished.append(request)
         return finished
+
+    def _as_trained(self, sequences, hidden_BD, logits_BV, ids_B, logprobs_B) -> Tensor:
+        """The log-probs by the trainer's arithmetic, where the temperature is all that changed the distribution."""
+        plain = [s.request.sampling.untouched and len(s.ids) >= s.request.min_tokens for s in sequences]
+        temperatures = [(s.request.sampling.temperature or 1.0) * mine for s, mine in zip(sequences, plain)]
+        for temperature in set(temperatures) - {0.0}:
+            options = {"temperature": temperature, "deterministic": True, "logits_TV": logits_BV}
+            trained_B, _ = token_logprob(hidden_BD, self.model.head_weight, ids_B, **options)
+            mine_B = torch.tensor([other == temperature for other in temperatures], device=ids_B.device)
+            logprobs_B = torch.where(mine_B, trained_B, logprobs_B)
+        return logprobs_B
 
     def _completion(self, s: _Sequence) -> Completion | None:
         """The finished completion, or None while it goes on."""

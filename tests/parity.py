@@ -23,7 +23,7 @@ import trl
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitrl import grpo, losses, rewards
+from minitrl import grpo, losses, rewards, rollout_client
 from minitrl.model import hf_tensors
 from minitrl.rollout import Completion
 
@@ -207,7 +207,7 @@ def ours(world: World, output_dir, options: dict, splits: list | None = None) ->
     output_dir.mkdir(parents=True)
     (output_dir / "given.json").write_text(json.dumps(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "Engine", lambda policy, tokenizer, **_: FixedEngine(world, tokenizer))
+        patch.setattr(rollout_client, "engine_of", lambda _config, _policy, tokenizer, _: FixedEngine(world, tokenizer))
         patch.setattr(grpo, "backward", watched_backward)
         patch.setattr(losses, "grpo_loss", watched_objective)
         if splits:

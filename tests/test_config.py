@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 
 import pytest
 
-from minitrl.config import REPLACED, CommonOptions, _comments, parse, require
+from minitrl.config import REPLACED, CommonOptions, comments, parse, require
 
 
 @dataclass
@@ -151,8 +151,9 @@ def test_trl_options_that_moved(capsys, name):
 
 
 def test_the_replacements_exist():
+    # of the scripts, and the last of torchrun
     later = {"prompts_per_step", "examples_per_step", "num_iterations", "num_generations", "reward", "loss_type",
-             "max_length", "loss_weights", "reference_cache", "nproc_per_node"}  # fmt: skip  # the scripts', and torchrun's
+             "max_length", "loss_weights", "reference_cache", "nproc_per_node"}  # fmt: skip
     for name, remedy in REPLACED.items():
         named = {word.strip("-:,;()") for word in remedy.split() if word.startswith("--")}
         assert named <= {field.name for field in fields(CommonOptions)} | later, (name, named)
@@ -258,8 +259,8 @@ def test_help_tells_default_and_meaning_of_every_option(capsys):
     with pytest.raises(SystemExit) as left:
         parse(Options, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert left.value.code == 0 and set(_comments(Options)) == {field.name for field in fields(Options)}
-    for name, comment in _comments(Options).items():
+    assert left.value.code == 0 and set(comments(Options)) == {field.name for field in fields(Options)}
+    for name, comment in comments(Options).items():
         assert f"--{name}" in text and " ".join(comment.split()) in text, name
     assert "what scores: 100% of one, or several (default: exact_match)" in text
     assert "this script's own (default: 2e-05)" in text and "(default: 1e-06)" not in text  # a subclass's comes last

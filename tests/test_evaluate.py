@@ -164,5 +164,6 @@ def test_a_reward_models_adapter_does_not_talk(tiny, tmp_path, capsys, script):
 )
 def test_bad_input(tiny, capsys, options, message):
     given = {"model": tiny.folder / "model", "dataset": tiny.folder / "data.jsonl", "reward": "number"} | options
-    code, printed = call(evaluate.main, [word for name, value in given.items() for word in (f"--{name}", value)], capsys)
+    argv = [word for name, value in given.items() for word in (f"--{name}", value)]
+    code, printed = call(evaluate.main, argv, capsys)
     assert code in (1, 2) and message in printed and "Traceback" not in printed

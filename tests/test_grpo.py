@@ -411,7 +411,7 @@ def test_other_advantages(tiny, tmp_path, estimator, generations):
         got = torch.tensor([r["advantage"] for r in group]).view(4, generations)
         torch.testing.assert_close(got, expected)
         assert got.ne(0).any() and row["reward_std"] > 0
-        assert row["loss"] == pytest.approx(-(got * lengths).sum().item() / lengths.sum().item(), rel=1e-4, abs=1e-6)
+        assert row["loss"] == pytest.approx(-(got * lengths).sum().item() / lengths.sum().item(), rel=1e-4, abs=5e-6)
 
 
 def test_several_rewards_are_weighted(tiny, tmp_path):

@@ -1,7 +1,8 @@
-"""Adapters beside a frozen model: the same function as the dense sum, on the right rows, and nothing else is trained."""
+"""Adapters beside a frozen model: the same function as the dense sum, on the right rows; nothing else is trained."""
 
 import copy
 import functools
+import importlib
 import json
 import shutil
 import signal
@@ -370,10 +371,10 @@ def edited(path, **changes):
         ({"layers_to_transform": [0]}, "layers_to_transform .* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         ({"something_new": {"a": 1}}, "something_new .* is not supported"),
-        ({"r": 0}, "must be a rank"),
-        ({"r": True}, "must be a rank"),
-        ({"lora_alpha": None}, "must be a rank"),
-        ({"target_modules": "q.*"}, "must be a rank"),
+        ({"r": 0}, "must be a rank, a number"),
+        ({"r": True}, "must be a rank, a number"),
+        ({"lora_alpha": None}, "must be a rank, a number"),
+        ({"target_modules": "q.*"}, "must be a rank, a number"),
         ({"r": 4}, "lora_A.weight is .3, 64., with this base it must be .4, 64."),
         ({"target_modules": ALL[:-1]}, "down_proj.lora_A.weight is .3, 64., with this base it must be absent"),
         ({"target_modules": [*ALL, "lm_head"]}, "target_modules lm_head: is none of"),
@@ -509,6 +510,44 @@ def test_bad_options(tiny, tmp_path, options, message):
     assert outcome.code in (1, 2) and message in outcome.err and "Traceback" not in outcome.err, outcome
 
 
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward", "ppo"])
+def test_the_other_scripts(tiny, tmp_path, script):
+    """Each trains adapters alone, and leaves what lora.open_model opens; DPO starts at ln 2, PPO's KL at 0."""
+    sums = [json.loads(line) for line in (tiny.folder / "data.jsonl").read_text().splitlines()[:16]]
+    keys = {"completion": "answer"} if script == "sft" else {"chosen": "answer", "rejected": "prompt"}
+    keys |= {"prompt": "prompt"}
+    data = sums if script == "ppo" else [{k: row[v] for k, v in keys.items()} for row in sums]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    argv = ["--model", tiny.folder / "model", "--dataset", tmp_path / "data.jsonl", "--output_dir", tmp_path / "out",
+            "--use_peft", "--lora_r", 4, "--max_steps", 3, "--dtype", "float32", "--learning_rate", 0.01]  # fmt: skip
+    argv += ["--max_length", 24] if script != "ppo" else [
+        "--reward", f"{tiny.folder / 'rewards.py'}:share_of_a", "--max_completion_length", 8, "--max_prompt_length", 16
+    ]  # fmt: skip
+    main = importlib.import_module(f"minitrl.{script}").main
+    assert main([str(word) for word in argv]) == 0
+    model, _ = lora.open_model(str(tmp_path / "out/final"))
+    base = fresh(tiny)
+    assert (model.score is not None) == (script == "reward") and len(model.adapters.all) == 2
+    trained_ = [p for name, p in lora.tensors(model).items() if "lora_B" in name]
+    assert len(trained_) == 4 and all(p.any() for p in trained_)
+    same = [name for name, p in model.named_parameters() if ".adapter." not in name and name != "score.weight"]
+    assert all(torch.equal(model.get_parameter(name), base.get_parameter(name)) for name in same)
+    first = steps(tmp_path / "out")[0]
+    if script == "dpo":
+        assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    if script == "ppo":
+        assert first["objective/kl"] == 0
+        value_model, _ = lora.open_model(str(tmp_path / "out/value_model"))
+        assert value_model.score is not None and len(value_model.adapters.all) == 2
+    if script == "reward":  # the merged folder scores as the two do
+        out = str(tmp_path / "merged")
+        merge = ["merge", "--adapter", str(tmp_path / "out/final"), "--output_dir", out, "--dtype", "float32"]
+        assert lora.main(merge) == 0
+        merged, _ = checkpoint.load(out, scalar_head=True)
+        values = [m.values(groups()) for m in (model, merged)]
+        assert (values[0] - values[1]).abs().max() < 1e-4
+
+
 # Against peft itself.
 
 
@@ -518,7 +557,8 @@ def test_peft_loads_ours_and_we_load_theirs(name, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = model_of(name, torch.float32)
     kind = base.config.model_type
-    config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in base.config.source.items() if k != "model_type"})
+    source = {key: value for key, value in base.config.source.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(kind, **source)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path / "base")
     with checkpoint.opened(tmp_path / "base/model.safetensors") as found, torch.no_grad():
