@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read lines until there are no more; returns 0."""
     config = parse(Config, argv)
     device = distributed.start(config.device).device
-    model, tokenizer = lora.open_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+    model, tokenizer = lora.open_model(config.model, None, getattr(torch, config.dtype), device, scalar_head=False)
     engine, templated = Engine(model, tokenizer, max_batch=1), tokenizer.chat_template is not None
     require(templated or config.system is None, "system", config.system, "left out: the model has no chat template")
     typed = sys.stdin.isatty()

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(name: str, functions, config: Config, world) -> dict:
     """One model's figures; `right` counts each prompt's right completions, `digest` is of the prompts."""
-    model, tokenizer = lora.open_model(name, dtype=getattr(torch, config.dtype), device=world.device)
+    model, tokenizer = lora.open_model(name, None, getattr(torch, config.dtype), world.device, scalar_head=False)
     rows, dropped = data.load_prompts(config.dataset, tokenizer, config.max_prompt_length)
     rewards.check_columns(functions, rows[0]["columns"])
     rewards.open_models(functions, tokenizer, world.device, partial(distributed.print0, world))

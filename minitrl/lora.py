@@ -259,11 +259,12 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
 
 
 def open_model(
-    folder: str, base: str | None = None, dtype=torch.float32, device="cpu", scalar_head: bool = False
+    folder: str, base: str | None = None, dtype=torch.float32, device="cpu", scalar_head: bool = True
 ) -> tuple[Model, Tokenizer]:
     """`checkpoint.load`, or, of a folder with an adapter alone, the base (by default the one it names) with it on.
 
-    With scalar_head, of a reward or value model's adapter too."""
+    Without scalar_head, no reward or value model's: ValueError.
+    """
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return checkpoint.load(folder, dtype, device)
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] != ["merge"]:
         raise ValueError("python -m minitrl.lora merge --adapter FOLDER --output_dir OUT [--model FOLDER]")
     options = parse(MergeOptions, argv[1:])
-    model, tokenizer = open_model(options.adapter, options.model, scalar_head=True)
+    model, tokenizer = open_model(options.adapter, options.model)
     if model.adapters is None:
         raise ValueError(f"--adapter {options.adapter}: no {ADAPTER_CONFIG} is there")
     merge_(model)

@@ -148,7 +148,7 @@ def test_a_reward_models_adapter_does_not_talk(tiny, tmp_path, capsys, script):
     more = ["--dataset", tiny.folder / "data.jsonl", "--reward", "exact"] if script is evaluate else []
     code, printed = call(script.main, ["--model", tmp_path / "judge", *more], capsys)
     assert code == 1 and "a reward or value model's adapter" in printed
-    assert lora.open_model(str(tmp_path / "judge"), scalar_head=True)[0].score is not None
+    assert lora.open_model(str(tmp_path / "judge"))[0].score is not None
 
 
 @pytest.mark.parametrize(
