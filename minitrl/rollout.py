@@ -294,6 +294,7 @@ class Engine:
             if self.idle:
                 assert self.pool.in_use == 0, f"{self.pool.in_use} pages leaked"
                 self.pool.clear()
+                self.page_table.fill(0)  # what a row holds beyond its length is looked up, and hidden
         return [request.results for request in requests]
 
     def submit(

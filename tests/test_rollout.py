@@ -208,6 +208,14 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     assert_same(before, engine.generate(crowd(), n=2, max_tokens=20))
 
 
+def test_many_pages_and_then_few():
+    """The page table still names pages that went back with the memory behind them: nobody may look those up."""
+    engine, uneven = Engine(tiny(), Letters(), page_size=2), [[1, 2], prompt_of(20)]
+    engine.generate([[1, 2]], n=16, max_tokens=60, ignore_eos=True)
+    expected = Engine(tiny(), Letters(), page_size=2).generate(uneven, max_tokens=5)
+    assert_same(expected, engine.generate(uneven, max_tokens=5))
+
+
 def test_pages_are_counted():
     pool = PagePool(tiny().config, 4, 5, torch.zeros(1))
     pages = pool.take(3)
