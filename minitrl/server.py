@@ -73,7 +73,8 @@ class Config:
         for name in "max_body_mib transfer_timeout drain_timeout".split():
             require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1e6")
         require(self.api_key is None or self.api_key_file is None, "api_key_file", self.api_key_file, "the only key")
-        self.key = self.api_key or os.environ.get("MINITRL_API_KEY")  # not a field: it is never shown
+        # Not a field: it is never shown. An empty one is wrong, and not none.
+        self.key = os.environ.get("MINITRL_API_KEY") if self.api_key is None else self.api_key
         if self.api_key_file is not None:
             self.key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
         given = self.key is not None or self.api_key_file is not None
@@ -110,6 +111,7 @@ def fulfil(future: Future, function, *arguments) -> None:
     try:
         future.set_result(function(*arguments))
     except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # or they would hold on to a bridge and its port
         future.set_exception(error)
 
 
@@ -471,11 +473,15 @@ class Connection(web.Connection):
         fields.take("host", str), fields.take("world_size", int, None, 1, 4096)
         host, port = self.server.config.host, fields.take("port", int, MUST, 1, 65535)
         fields.done()
-        try:
-            listener = transfer.listen(host, port)
-        except OSError as error:
-            raise Refused(409, f"port: {error.strerror}", "port") from None
-        self.server.weights.close()
+        self.server.weights.close()  # a client that was killed may still have the port
+        for left in reversed(range(100)):
+            try:
+                listener = transfer.listen(host, port)
+                break
+            except OSError as error:
+                if not left:
+                    raise Refused(409, f"port: {error.strerror}", "port") from None
+                time.sleep(0.02)
         self.server.weights.aside(self.server.weights.meet, host, port, 0, 2, 0, "", listener)
         return {"message": "Request received, initializing communicator"}
 
