@@ -88,8 +88,8 @@ class Config:
 class Job:
     """One HTTP request's requests to the engine. The engine's thread calls `told`, the connection's waits."""
 
-    def __init__(self, streams: bool):
-        self.requests, self.open, self.size, self.error = [], 0, 0, None
+    def __init__(self, streams: bool, weights: str | None):
+        self.requests, self.open, self.error, self.weights = [], 0, None, weights
         self.done, self.events = threading.Event(), queue.SimpleQueue() if streams else None
 
     def told(self, p: int, g: int, token: int, logprob: float, reason: str | None) -> None:
@@ -99,7 +99,7 @@ class Job:
         if self.open == 0:
             self.end()
 
-    def end(self, error: str | None = None) -> None:
+    def end(self, error: Refused | None = None) -> None:
         self.error = error
         self.done.set()
         if self.events:
@@ -149,44 +149,42 @@ class Worker(threading.Thread):
             except Exception:  # such as logits that are not finite: those requests fail, the server goes on
                 traceback.print_exc()
                 for job in list(self.jobs):
-                    self.close(job, "the engine failed on this batch; the server's log says why")
+                    self.close(job, Refused(500, "the engine failed on this batch; the server's log says why"))
 
-    def submit(self, job: Job, prompts: list[list[int]], seeds: list[int], weights: str | None, options: dict) -> None:
+    def submit(self, job: Job) -> None:
         """Queue all of a job's requests, or none of them."""
-        size = len(prompts) * options["n"]
-        if weights not in (None, self.digest):
+        size = sum(request.n for request in job.requests)
+        if job.weights not in (None, self.digest):
             raise Refused(409, f"weights: the server holds {self.digest} (version {self.version})", "weights")
         if size > self.max_queue:
             raise Refused(400, f"n: {size} sequences in all are above --max_queue {self.max_queue}", "n")
         if self.pending + size > self.max_queue:
             raise Refused(429, f"{self.pending} sequences wait or run, and {size} more are above --max_queue",
                           **{"Retry-After": "1"})
-        job.open = job.size = size
+        job.open = size
         self.pending += size
         self.jobs.add(job)
-        try:
-            for p, (prompt, seed) in enumerate(zip(prompts, seeds)):
-                on_token = functools.partial(job.told, p)
-                job.requests.append(self.engine.submit(prompt, seed=seed, on_token=on_token, **options))
-        except BaseException:
-            self.close(job)
-            raise
+        for request in job.requests:
+            self.engine.enqueue(request)
 
-    def close(self, job: Job, error: str | None = None) -> None:
+    def close(self, job: Job, error: Refused | None = None) -> None:
         """Forget a job; what still runs of it is aborted."""
         if job in self.jobs:
             self.jobs.remove(job)
-            self.pending -= job.size
+            self.pending -= sum(request.n for request in job.requests)
             for request in job.requests if job.open else ():
                 self.engine.abort(request)
             if not job.done.is_set():
                 job.end(error)
 
     def install(self, new: dict, version: int, digest: str) -> None:
-        """Put a whole, verified set of weights in place."""
+        """Put a whole, verified set of weights in place. Who insisted on those before is refused, and others go on."""
         transfer.install(new, self.tensors)
         self.version, self.digest = version, digest
         self.engine.weights_changed(version)
+        for job in list(self.jobs):
+            if job.weights not in (None, digest):
+                self.close(job, Refused(409, "weights: they were replaced meanwhile", "weights"))
 
 
 class Weights:
@@ -399,7 +397,7 @@ class Connection(web.Connection):
                     new += text.finish(job.requests[p].results[g].text)
                 self.send_event(base | {"choices": [choice(p, g, new, [token], [logprob], reason, first)]})
             if job.error:
-                self.send_event(error_of(500, job.error))
+                self.send_event(error_of(job.error.status, str(job.error)))
             elif with_usage:
                 self.send_event(base | {"choices": [], "usage": usage()})
             self.send(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
@@ -431,15 +429,18 @@ class Connection(web.Connection):
             raise Refused(400, f"prompt: a text of more than {limit} characters, 64 a position of the model", "prompt")
         if self.server.draining:
             raise Refused(503, "the server is stopping", **{"Retry-After": "10"})
-        job = Job(stream)
+        job = Job(stream, weights)
         try:
             options["sampling"] = Sampling(**numbers)
             is_ids = [isinstance(prompt, list) and not any(isinstance(i, dict) for i in prompt) for prompt in prompts]
             ids = [p if given else engine.tokenizer.prompt_ids(p) for p, given in zip(prompts, is_ids)]
             options["max_tokens"] = options["max_tokens"] or max(context_length(engine.model.config) - len(ids[0]), 1)
-            self.worker.call(self.worker.submit, job, ids, seeds, weights, options)
+            for p, (prompt, seed) in enumerate(zip(ids, seeds)):
+                on_token = functools.partial(job.told, p)
+                job.requests.append(engine.prepare(prompt, seed=seed, on_token=on_token, **options))
         except ValueError as error:
             raise Refused(400, str(error)[:500], str(error).split()[0]) from None
+        self.worker.call(self.worker.submit, job)
         try:
             yield ids, job, options
         finally:
@@ -450,7 +451,7 @@ class Connection(web.Connection):
             if self.gone():
                 raise ConnectionAbortedError
         if job.error:
-            raise Refused(500, job.error)
+            raise job.error
 
     def next_event(self, job: Job):
         while not self.gone():
