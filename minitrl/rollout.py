@@ -284,7 +284,7 @@ class Engine:
         ]
         try:
             for request in requests:
-                self._enqueue(request)
+                self.enqueue(request)
             open_requests = set(requests)
             while open_requests:
                 open_requests.difference_update(self.step())
@@ -295,19 +295,24 @@ class Engine:
             if self.idle:
                 assert self.pool.in_use == 0, f"{self.pool.in_use} pages leaked"
                 self.pool.clear()
+                self.page_table.fill(0)  # what a row holds beyond its length is looked up, and hidden
         return [request.results for request in requests]
 
-    def submit(
+    def submit(self, prompt, **options) -> Request:
+        """Queue n completions of one prompt; `step` works on them. For options and errors see `prepare`."""
+        return self.enqueue(self.prepare(prompt, **options))
+
+    def prepare(
         self, prompt, *, n=1, max_tokens=256, min_tokens=0, sampling=Sampling(), stop=(), seed=0, ignore_eos=False,
         on_token=None,
     ) -> Request:  # fmt: skip
-        """Queue n completions of one prompt; `step` works on them. For arguments and errors see `generate`.
+        """Check what is asked of one prompt, in any thread, for `enqueue`. For arguments and errors see `generate`.
 
         on_token(index, id, logprob, finish_reason or None) is called for every token as it is drawn. It may abort
         requests; what it raises ends the step.
         """
         asked = n, max_tokens, min_tokens, sampling, stop
-        return self._enqueue(self._request("the prompt", prompt, *asked, seed, ignore_eos, on_token))
+        return self._request("the prompt", prompt, *asked, seed, ignore_eos, on_token)
 
     @property
     def idle(self) -> bool:
@@ -388,7 +393,7 @@ class Engine:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)
 
-    def _enqueue(self, request: Request) -> Request:
+    def enqueue(self, request: Request) -> Request:
         request.results = [None] * request.n
         request.sequences = [_Sequence(request, g) for g in range(request.n)]
         self.waiting += request.sequences

@@ -21,14 +21,15 @@ class Sampling:
 
     def __post_init__(self):
         t, penalty = self.temperature, self.repetition_penalty
-        # A temperature below 1e-4 is greedy in all but name, and dividing by it could leave float32's range.
-        good = is_(Real, t) and (t == 0 or 1e-4 <= t < math.inf)
-        check(good, "temperature", t, "0 (greedy) or at least 0.0001")
+        # A temperature below 1e-4 is greedy in all but name. Smaller and larger ones could leave float32's range, which
+        # is no number and fails all who are drawn for at the same time; so could penalties.
+        good = is_(Real, t) and (t == 0 or 1e-4 <= t <= 1e6)
+        check(good, "temperature", t, "0 (greedy) or from 0.0001 to 1000000")
         check(is_(Real, self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 = off)")
         check(is_(Integral, self.top_k) and self.top_k >= -1, "top_k", self.top_k, "a positive integer, or 0 (off)")
         check(is_(Real, self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        good = is_(Real, penalty) and 0 < penalty < math.inf
-        check(good, "repetition_penalty", penalty, "positive (1 = off)")
+        good = is_(Real, penalty) and 1e-4 <= penalty <= 1e4
+        check(good, "repetition_penalty", penalty, "from 0.0001 to 10000 (1 = off)")
 
     @property
     def untouched(self) -> bool:
@@ -113,8 +114,9 @@ def _nucleus_threshold(x_BV: Tensor, top_ps: Tensor) -> Tensor:
         reached = likelihoods.cumsum(-1)
         if ((reached[:, -1:] >= mass) | (top_ps == 1)).all():
             break
-    size = (reached - likelihoods < mass).sum(-1, keepdim=True)  # in: a token before which top_p is not yet reached
-    return largest.gather(1, size - 1).masked_fill(top_ps == 1, -math.inf)
+    # In: a token before which top_p is not yet reached; the likeliest, however small top_p is.
+    last = ((reached - likelihoods < mass).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return largest.gather(1, last).masked_fill(top_ps == 1, -math.inf)
 
 
 def draw(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

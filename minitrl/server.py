@@ -73,7 +73,8 @@ class Config:
         for name in "max_body_mib transfer_timeout drain_timeout".split():
             require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1e6")
         require(self.api_key is None or self.api_key_file is None, "api_key_file", self.api_key_file, "the only key")
-        self.key = self.api_key or os.environ.get("MINITRL_API_KEY")  # not a field: it is never shown
+        # Not a field: it is never shown. An empty one is wrong, and not none.
+        self.key = os.environ.get("MINITRL_API_KEY") if self.api_key is None else self.api_key
         if self.api_key_file is not None:
             self.key = Path(self.api_key_file).read_text(encoding="utf-8").strip()
         given = self.key is not None or self.api_key_file is not None
@@ -87,8 +88,8 @@ class Config:
 class Job:
     """One HTTP request's requests to the engine. The engine's thread calls `told`, the connection's waits."""
 
-    def __init__(self, streams: bool):
-        self.requests, self.open, self.size, self.error = [], 0, 0, None
+    def __init__(self, streams: bool, weights: str | None):
+        self.requests, self.open, self.error, self.weights = [], 0, None, weights
         self.done, self.events = threading.Event(), queue.SimpleQueue() if streams else None
 
     def told(self, p: int, g: int, token: int, logprob: float, reason: str | None) -> None:
@@ -98,7 +99,7 @@ class Job:
         if self.open == 0:
             self.end()
 
-    def end(self, error: str | None = None) -> None:
+    def end(self, error: Refused | None = None) -> None:
         self.error = error
         self.done.set()
         if self.events:
@@ -110,6 +111,7 @@ def fulfil(future: Future, function, *arguments) -> None:
     try:
         future.set_result(function(*arguments))
     except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # or they would hold on to a bridge and its port
         future.set_exception(error)
 
 
@@ -147,44 +149,42 @@ class Worker(threading.Thread):
             except Exception:  # such as logits that are not finite: those requests fail, the server goes on
                 traceback.print_exc()
                 for job in list(self.jobs):
-                    self.close(job, "the engine failed on this batch; the server's log says why")
+                    self.close(job, Refused(500, "the engine failed on this batch; the server's log says why"))
 
-    def submit(self, job: Job, prompts: list[list[int]], seeds: list[int], weights: str | None, options: dict) -> None:
+    def submit(self, job: Job) -> None:
         """Queue all of a job's requests, or none of them."""
-        size = len(prompts) * options["n"]
-        if weights not in (None, self.digest):
+        size = sum(request.n for request in job.requests)
+        if job.weights not in (None, self.digest):
             raise Refused(409, f"weights: the server holds {self.digest} (version {self.version})", "weights")
         if size > self.max_queue:
             raise Refused(400, f"n: {size} sequences in all are above --max_queue {self.max_queue}", "n")
         if self.pending + size > self.max_queue:
             raise Refused(429, f"{self.pending} sequences wait or run, and {size} more are above --max_queue",
                           **{"Retry-After": "1"})
-        job.open = job.size = size
+        job.open = size
         self.pending += size
         self.jobs.add(job)
-        try:
-            for p, (prompt, seed) in enumerate(zip(prompts, seeds)):
-                on_token = functools.partial(job.told, p)
-                job.requests.append(self.engine.submit(prompt, seed=seed, on_token=on_token, **options))
-        except BaseException:
-            self.close(job)
-            raise
+        for request in job.requests:
+            self.engine.enqueue(request)
 
-    def close(self, job: Job, error: str | None = None) -> None:
+    def close(self, job: Job, error: Refused | None = None) -> None:
         """Forget a job; what still runs of it is aborted."""
         if job in self.jobs:
             self.jobs.remove(job)
-            self.pending -= job.size
+            self.pending -= sum(request.n for request in job.requests)
             for request in job.requests if job.open else ():
                 self.engine.abort(request)
             if not job.done.is_set():
                 job.end(error)
 
     def install(self, new: dict, version: int, digest: str) -> None:
-        """Put a whole, verified set of weights in place."""
+        """Put a whole, verified set of weights in place. Who insisted on those before is refused, and others go on."""
         transfer.install(new, self.tensors)
         self.version, self.digest = version, digest
         self.engine.weights_changed(version)
+        for job in list(self.jobs):
+            if job.weights not in (None, digest):
+                self.close(job, Refused(409, "weights: they were replaced meanwhile", "weights"))
 
 
 class Weights:
@@ -397,7 +397,7 @@ class Connection(web.Connection):
                     new += text.finish(job.requests[p].results[g].text)
                 self.send_event(base | {"choices": [choice(p, g, new, [token], [logprob], reason, first)]})
             if job.error:
-                self.send_event(error_of(500, job.error))
+                self.send_event(error_of(job.error.status, str(job.error)))
             elif with_usage:
                 self.send_event(base | {"choices": [], "usage": usage()})
             self.send(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
@@ -429,15 +429,18 @@ class Connection(web.Connection):
             raise Refused(400, f"prompt: a text of more than {limit} characters, 64 a position of the model", "prompt")
         if self.server.draining:
             raise Refused(503, "the server is stopping", **{"Retry-After": "10"})
-        job = Job(stream)
+        job = Job(stream, weights)
         try:
             options["sampling"] = Sampling(**numbers)
             is_ids = [isinstance(prompt, list) and not any(isinstance(i, dict) for i in prompt) for prompt in prompts]
             ids = [p if given else engine.tokenizer.prompt_ids(p) for p, given in zip(prompts, is_ids)]
             options["max_tokens"] = options["max_tokens"] or max(context_length(engine.model.config) - len(ids[0]), 1)
-            self.worker.call(self.worker.submit, job, ids, seeds, weights, options)
+            for p, (prompt, seed) in enumerate(zip(ids, seeds)):
+                on_token = functools.partial(job.told, p)
+                job.requests.append(engine.prepare(prompt, seed=seed, on_token=on_token, **options))
         except ValueError as error:
             raise Refused(400, str(error)[:500], str(error).split()[0]) from None
+        self.worker.call(self.worker.submit, job)
         try:
             yield ids, job, options
         finally:
@@ -448,7 +451,7 @@ class Connection(web.Connection):
             if self.gone():
                 raise ConnectionAbortedError
         if job.error:
-            raise Refused(500, job.error)
+            raise job.error
 
     def next_event(self, job: Job):
         while not self.gone():
@@ -471,11 +474,15 @@ class Connection(web.Connection):
         fields.take("host", str), fields.take("world_size", int, None, 1, 4096)
         host, port = self.server.config.host, fields.take("port", int, MUST, 1, 65535)
         fields.done()
-        try:
-            listener = transfer.listen(host, port)
-        except OSError as error:
-            raise Refused(409, f"port: {error.strerror}", "port") from None
-        self.server.weights.close()
+        self.server.weights.close()  # a client that was killed may still have the port
+        for left in reversed(range(100)):
+            try:
+                listener = transfer.listen(host, port)
+                break
+            except OSError as error:
+                if not left:
+                    raise Refused(409, f"port: {error.strerror}", "port") from None
+                time.sleep(0.02)
         self.server.weights.aside(self.server.weights.meet, host, port, 0, 2, 0, "", listener)
         return {"message": "Request received, initializing communicator"}
 

@@ -245,9 +245,10 @@ class Connection(socketserver.BaseRequestHandler):
             if not self.keep:  # let the answer arrive: closing with bytes unread would reset the connection under it
                 self.request.shutdown(socket.SHUT_WR)
                 self.request.settimeout(1)
-                for _ in range(16):
-                    if not self.request.recv(65536):
-                        break
+                with self.server.waiting(self.request):  # others may have its place
+                    for _ in range(16):
+                        if not self.request.recv(65536):
+                            break
 
     def gone(self) -> bool:
         """Whether the client has closed its side: nobody waits for the answer then."""

@@ -208,6 +208,14 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
     assert_same(before, engine.generate(crowd(), n=2, max_tokens=20))
 
 
+def test_many_pages_and_then_few():
+    """The page table still names pages that went back with the memory behind them: nobody may look those up."""
+    engine, uneven = Engine(tiny(), Letters(), page_size=2), [[1, 2], prompt_of(20)]
+    engine.generate([[1, 2]], n=16, max_tokens=60, ignore_eos=True)
+    expected = Engine(tiny(), Letters(), page_size=2).generate(uneven, max_tokens=5)
+    assert_same(expected, engine.generate(uneven, max_tokens=5))
+
+
 def test_pages_are_counted():
     pool = PagePool(tiny().config, 4, 5, torch.zeros(1))
     pages = pool.take(3)
@@ -384,6 +392,11 @@ def test_extreme_options():
         ids, logprobs = sample(logits, uniforms, [Sampling(**options)] * 2)
         assert logprobs.isfinite().all() and (logprobs <= 0).all() and ids[0] in (0, 1, 3)
     assert logprobs.tolist() == [0.0, pytest.approx(-math.log(2))]
+    for options in ({"top_p": 1e-300}, {"top_p": 5e-324, "temperature": 1e-4}, {"repetition_penalty": 1e-4},
+                    {"repetition_penalty": 1e4, "temperature": 1e-4}, {"temperature": 1e6}):  # fmt: skip
+        banned, histories = [(0, 1), (1, 3)], [[0, 1, 2, 3]] * 2
+        ids, logprobs = sample(logits, uniforms, [Sampling(**options)] * 2, histories, banned)
+        assert logprobs.isfinite().all() and ids[0] != 1 and ids[1] != 3
 
 
 # Ends
@@ -536,6 +549,9 @@ def test_logits_that_are_not_finite_are_refused():
     ({"min_p": 1.5}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"repetition_penalty": math.inf}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty must be from 0.0001 to 10000"),
+    ({"repetition_penalty": 1e300}, "repetition_penalty"),
+    ({"temperature": 1e300}, "temperature must be 0 .* got 1e\\+300"),
     ({"n": 0}, "n must be a positive integer; got 0"),
     ({"n": True}, "n must"),
     ({"max_tokens": 0}, "max_tokens must be a positive integer; got 0"),

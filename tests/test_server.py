@@ -198,6 +198,20 @@ def test_trl_0_16_updates_weights_as_a_whole(tiny):
         assert greedy == [Engine(model, tokenizer).generate([PROMPT], temperature=0.0, max_tokens=16)[0][0].ids]
 
 
+def test_a_trl_client_comes_again_to_the_same_port(tiny):
+    """After a kill -9 nobody has closed the communicator, and TRL's port is always the same."""
+    port = serving.closed_port()
+    body = {"host": "0.0.0.0", "port": port, "world_size": 2}
+    with serving.here(tiny) as server:
+        assert ask(server.url, "/init_communicator/", body)[0] == 200  # nobody comes
+        for _ in range(2):
+            assert ask(server.url, "/init_communicator/", body)[0] == 200
+            bridge = transfer.Bridge("127.0.0.1", port, 1, 2, generation=0, timeout_s=20)
+            while server.weights.bridge is None:
+                time.sleep(0.01)
+            bridge.group.abort()  # and nobody says goodbye
+
+
 class StatelessProcessGroup:
     """In place of vLLM's, which TRL's client insists on: torch's own, over our bridge."""
 
@@ -361,6 +375,28 @@ def test_a_request_may_insist_on_its_weights(server):
     assert ask(server.url, "/v1/completions", body | {"weights": state["digest"]})[0] == 200
     status, answer = ask(server.url, "/v1/completions", body | {"weights": "0" * 64})
     assert status == 409 and state["digest"] in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_that_are_insisted_on_and_replaced(tiny, stream):
+    """A request that still waits would be answered with the new ones, in one version, and nobody could tell."""
+    with serving.here(tiny, max_batch=1) as server:
+        step, got = server.worker.engine.step, {}
+        server.worker.engine.step = lambda: time.sleep(0.02) or step()
+        body = {"prompt": PROMPT, "max_tokens": 50, "ignore_eos": True}
+        bodies = [body, body | {"weights": server.worker.digest, "max_tokens": 3, "stream": stream}]
+        threads = [threading.Thread(target=lambda n=n: got.update({n: ask(server.url, "/v1/completions", bodies[n])}))
+                   for n in range(2)]  # fmt: skip
+        for n, thread in enumerate(threads, 1):
+            thread.start()
+            while server.worker.pending < n:
+                time.sleep(0.01)
+        send_weights(server, {name: 1.2 * tensor for name, tensor in server.worker.tensors.items()}, 7)
+        for thread in threads:
+            thread.join()
+    (others, whole), (status, answer) = got[0], got[1]
+    assert others == 200 and whole["usage"]["completion_tokens"] == 50, "who does not insist is served on"
+    assert status == (200 if stream else 409) and "replaced" in str(answer)
 
 
 def test_the_openai_package_completes_and_streams(server):

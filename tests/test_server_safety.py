@@ -153,6 +153,17 @@ def test_a_long_text_is_refused_before_it_is_encoded(server):
         assert "4096 characters" in refused(server, path, body)["message"]
 
 
+def test_requests_are_checked_aside_from_the_engine(server, monkeypatch):
+    """Millions of ids take seconds to look at."""
+    threads, engine = [], server.worker.engine
+    look = engine._prompt_ids
+    spy = lambda *given: threads.append(threading.current_thread()) or look(*given)  # noqa: E731
+    monkeypatch.setattr(engine, "_prompt_ids", spy)
+    assert "2000 tokens" in refused(server, "/v1/completions", {"prompt": [1] * 2000})["message"]
+    assert ask(server.url, "/v1/completions", {"prompt": [[1], [2]], "max_tokens": 2})[0] == 200
+    assert len(threads) == 3 and server.worker not in threads
+
+
 def test_encoding_lets_other_threads_go_on(tiny):
     tokenizer, counts, over = checkpoint.load(tiny.folder / "model")[1], [0], threading.Event()
     text = "1+2=" * 2**17
@@ -359,6 +370,19 @@ def test_connections_that_say_nothing_make_room(server):
             connection.close()
 
 
+def test_connections_that_were_refused_make_room_too(server):
+    """Who is told that he is wrong gets a moment to read that, which is nobody else's."""
+    refused = [socket.create_connection(server.server_address, timeout=20) for _ in range(32)]
+    try:
+        for connection in refused:
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+        assert ask(server.url, "/health", timeout=5)[0] == 200
+    finally:
+        for connection in refused:
+            connection.close()
+
+
 def test_queue_full(server, monkeypatch):
     """S5: beyond --max_queue: 429, Retry-After, at once; and afterwards all is as before."""
     slowly(server, monkeypatch)
@@ -432,6 +456,10 @@ def test_the_key_comes_from_where_it_is_not_seen(tiny, tmp_path, monkeypatch, ca
             parse(Config, ["--model", model, "--host", "0.0.0.0"])
         shown = capsys.readouterr().err
         assert ("--api_key: at least 16" in shown or "--host" in shown) and (not wrong or wrong not in shown)
+    monkeypatch.delenv("MINITRL_API_KEY")
+    with pytest.raises(ValueError, match="--api_key: at least 16"):  # of a variable that is not set, say
+        Config(model, api_key="")
+    monkeypatch.setenv("MINITRL_API_KEY", KEY)
     monkeypatch.delenv("MINITRL_API_KEY")
     for host in ("0.0.0.0", "::", "10.1.2.3", "example.org"):
         with pytest.raises(ValueError, match=f"--host {host}"):
