@@ -42,6 +42,7 @@ Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_ma
 class Config(RolloutOptions):
     """Train a language model with GRPO. Names and defaults are those of TRL 1.16 where it has the option."""
 
+    lora_dropout: float = 0.0  # share of the adapters' inputs set to 0: the trainer is then not the sampler (TRL: 0.05)
     num_iterations: int = 1  # optimizer steps on each generation (mu)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dapo"  # formulas: kernels/grpo_loss.py
     importance_sampling_level: Literal["token", "sequence"] = "token"  # GSPO: sequence, --loss_type grpo
@@ -289,6 +290,9 @@ def check(config: Config) -> None:
     must(high is None or 0 < high, "vllm_importance_sampling_clip_max", "above 0")
     below = low is None or 0 <= low < (math.inf if high is None else high)
     must(below, "vllm_importance_sampling_clip_min", "at least 0 and below --vllm_importance_sampling_clip_max")
+    corrects, noisy = config.vllm_importance_sampling_correction, config.use_peft and config.lora_dropout > 0
+    rule = "off with --lora_dropout, whose noise it would take for the sampler's"
+    must(not (corrects and noisy), "vllm_importance_sampling_correction", rule)
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")
     must(config.loss_type != "cispo" or config.epsilon_high is not None, "epsilon_high", "given for cispo, say 5.0")

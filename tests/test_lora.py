@@ -427,6 +427,7 @@ def test_targets():
 # Whole runs.
 
 OPTIONS = dict(use_peft=True, lora_r=4, lora_dropout=0.1, lora_target_modules=["all-linear"], beta=0.05, max_steps=4)
+OPTIONS |= dict(vllm_importance_sampling_correction=False)
 
 
 def trained(path):
@@ -466,6 +467,14 @@ def test_resumed_to_the_bit(tiny, tmp_path):
         assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())
 
 
+def test_by_default_no_token_is_weighed_by_dropouts_noise(tiny, tmp_path):
+    """Dropout alone made the trainer's log-probs others than the sampler's: most completions got the weight 0."""
+    options = {"use_peft": True, "lora_target_modules": ["all-linear"], "learning_rate": 0.05, "max_steps": 4}
+    assert run(tiny.argv(tmp_path, **options)).code == 0
+    weights = [row.get("sampling/importance_sampling_ratio/mean", 1) for row in steps(tmp_path)]
+    assert weights == pytest.approx([1] * 4, abs=1e-3)
+
+
 def test_two_processes_are_one(tiny, tmp_path):
     """The same completions, metrics and adapters, with dropout: a step's division changes nothing but rounding."""
     for world in (1, 2):
@@ -497,6 +506,7 @@ def test_a_run_from_an_adapter(tiny, tmp_path):
         (dict(lora_alpha=0), "--lora_alpha 0: must be at least 1"),
         (dict(lora_dropout=1.0), "--lora_dropout 1.0: must be at least 0 and below 1"),
         (dict(lora_target_modules=["lm_head"]), "--lora_target_modules lm_head: is none of q_proj"),
+        (dict(vllm_importance_sampling_correction=True), "--vllm_importance_sampling_correction True: must be off with --lora_dropout"),
         (dict(use_peft=None, adapter="x"), "--adapter x: must be given together with --use_peft"),
         (dict(adapter="nowhere"), "nowhere/adapter_config.json: no such file"),
         (dict(model=None, dataset=None), "--use_peft on: must be given together with --model"),
