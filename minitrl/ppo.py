@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_value_model(policy, tokenizer, config: Config, world):
     """The value model: that of --value_model, or the policy's layers and a fresh head, which guesses near 0."""
+    checkpoint.refuse_strangers(f"{config.output_dir}/value_model")  # what would fail at the very end
     if config.value_model is None:
         return with_scalar_head(copy.deepcopy(policy), config.seed)
     dtype = getattr(torch, config.dtype)

@@ -506,7 +506,7 @@ def test_a_run_from_an_adapter(tiny, tmp_path):
         (dict(lora_alpha=0), "--lora_alpha 0: must be at least 1"),
         (dict(lora_dropout=1.0), "--lora_dropout 1.0: must be at least 0 and below 1"),
         (dict(lora_target_modules=["lm_head"]), "--lora_target_modules lm_head: is none of q_proj"),
-        (dict(vllm_importance_sampling_correction=True), "--vllm_importance_sampling_correction True: must be off with --lora_dropout"),
+        (dict(vllm_importance_sampling_correction=True), "correction True: must be off with --lora_dropout"),
         (dict(use_peft=None, adapter="x"), "--adapter x: must be given together with --use_peft"),
         (dict(adapter="nowhere"), "nowhere/adapter_config.json: no such file"),
         (dict(model=None, dataset=None), "--use_peft on: must be given together with --model"),

@@ -808,3 +808,11 @@ def test_the_embedded_default_learns(tmp_path, reward):
     before, after = (row["eval/accuracy"] for row in rows(tmp_path) if "eval/accuracy" in row)
     assert before <= 0.5
     assert after >= 0.8 if reward == "exact" else after <= before + 0.05
+
+
+def test_a_value_models_folder_with_other_files_is_refused_before_training(tiny, tmp_path):
+    (tmp_path / "value_model").mkdir()
+    (tmp_path / "value_model/notes.txt").write_text("mine")
+    outcome = run(tiny.argv(tmp_path, num_generations=2), ppo)
+    assert outcome.code == 1 and "value_model holds other files (notes.txt)" in outcome.err
+    assert not (tmp_path / "metrics.jsonl").exists()
