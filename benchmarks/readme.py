@@ -170,6 +170,22 @@ def packing() -> str:
     return markdown(["work", "documents", "whose", "median", "rows filled"], rows)
 
 
+def server_load() -> str:
+    """What came of the server under load."""
+    found = result("server_load")
+    done, health, memory = found["completions"], found["health"], found["rss_mib"]
+    rows = [
+        ["seconds", f"{found['seconds']:.0f}"],
+        ["completions that were right", f"{done['right']:,}"],
+        ["and over a weight update", done["right, over a weight update"]],
+        ["wrong", sum(n for kind, n in (done | found["attacks"]).items() if kind.startswith("WRONG"))],
+        ["attacks", f"{sum(found['attacks'].values()):,} ({', '.join(found['attacks'])})"],
+        ["/health, ms: median, 99 %, longest", ", ".join(f"{health[k]:.0f}" for k in ("p50_ms", "p99_ms", "max_ms"))],
+        ["memory after a quarter, at the end", f"{memory['after a quarter']}, {memory['at the end']} MiB"],
+    ]  # fmt: skip
+    return markdown(["", ""], rows) + f"\n\n`{found['command']}`"
+
+
 def defaults() -> str:
     """Every option of grpo.py, with TRL's default where it has the option."""
     rows = []
@@ -265,6 +281,7 @@ TABLES = {
     "tests": tests,
     "family": family,
     "packing": packing,
+    "server_load": server_load,
     "options_sft": lambda: options(sft, CommonOptions),
     "options_reward": lambda: options(reward, CommonOptions),
     "options_dpo": lambda: options(dpo, CommonOptions),

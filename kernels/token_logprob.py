@@ -218,12 +218,13 @@ def token_logprob(
 
 def _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV=None, likeliest=False):
     """TiledTokenLogprob of the scored positions: the others are left out before any work."""
+    options = temperature, deterministic
     scored = (targets_T != IGNORE).nonzero()[:, 0]
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV, likeliest)
+        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options, logits_TV, likeliest)
     logits_TV = None if logits_TV is None else logits_TV[scored]
-    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV, likeliest
-    found = TiledTokenLogprob.apply(*given)
+    given = hidden_TD[scored], weight_VD, targets_T[scored]
+    found = TiledTokenLogprob.apply(*given, *options, logits_TV, likeliest)
     return tuple(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 

@@ -25,7 +25,7 @@ import yaml
 
 # Options of TRL, transformers and accelerate that have another name here, or another place.
 REPLACED = {
-    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (over all processes) and --tokens_per_microbatch",
+    "per_device_train_batch_size": "--prompts_per_step or --examples_per_step (in all) and --tokens_per_microbatch",
     "gradient_accumulation_steps": "--tokens_per_microbatch: a step is cut into micro-batches of that many tokens",
     "generation_batch_size": "--prompts_per_step times --num_generations",
     "steps_per_generation": "--num_iterations: every optimizer step trains on the whole generated batch",

@@ -220,7 +220,7 @@ def _write(pairs, arrays, flush: Callable[[], None]) -> str:
 
 
 def _write_files(pairs, folder: Path, at_least: int = 2**20) -> None:
-    """The four flat arrays of `pairs` as raw files, and header.json, which tells their sizes; so many tokens at once."""
+    """The four flat arrays of `pairs` as raw files, and header.json with their sizes; so many tokens at a time."""
     arrays = array("i"), bytearray(), array("q"), array("q")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / name, "wb")) for name in FLAT]

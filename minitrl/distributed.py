@@ -82,7 +82,8 @@ def sum_(tensors: list[Tensor], world: World) -> None:
     if world.size == 1 or not tensors:
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    flat = torch.cat([tensor.detach().reshape(-1).to(torch.float64 if wide else torch.float32) for tensor in tensors])
+    where = {"device": world.device, "dtype": torch.float64 if wide else torch.float32}  # NCCL takes no CPU tensors
+    flat = torch.cat([tensor.detach().reshape(-1).to(**where) for tensor in tensors])
     with _named(f"summing {len(tensors)} tensors", world):
         dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])

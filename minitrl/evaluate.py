@@ -13,6 +13,7 @@ One completion a prompt is greedy, several are sampled. Intervals are of 95 %, o
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ class Config:
 
     model: tuple[str, ...]  # Hugging Face folders, adapters' folders or Hub ids; the others are compared with the first
     dataset: str  # prompts, a .jsonl file
-    reward: tuple[str, ...]  # built-in names or file.py:function; the first decides what is right
+    reward: tuple[str, ...]  # built-in names, file.py:function, reward models' folders; the first decides what is right
     num_generations: int = 1  # completions of each prompt
     temperature: float | None = None  # of sampling; none: 0 (greedy) for one completion, 1 for several
     top_p: float = 1.0  # sample from the smallest set of tokens that has this probability; 1: off
@@ -60,12 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the figures, write --output."""
     config = parse(Config, argv)
     world = distributed.start(config.device)
-    functions = rewards.load_rewards(config.reward)
-    found = [evaluate(name, functions, config, world) for name in config.model]
+    found = [evaluate(name, rewards.load_rewards(config.reward), config, world) for name in config.model]
     for result in found:
         if result is not found[0]:
             result["against_first"] = compare(found[0], result, config.num_generations, config.seed)
-        shown = {name: value for name, value in result.items() if name != "right"}
+        shown = {name: value for name, value in result.items() if name not in ("right", "digest")}
         distributed.print0(world, "\n  ".join(f"{name}: {value}" for name, value in shown.items()))
     if world.rank == 0 and config.output:
         text = json.dumps({"options": asdict(config), "models": found}, indent=1)
@@ -74,10 +74,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(name: str, functions, config: Config, world) -> dict:
-    """One model's figures; `right` counts each prompt's right completions."""
+    """One model's figures; `right` counts each prompt's right completions, `digest` is of the prompts."""
     model, tokenizer = lora.open_model(name, dtype=getattr(torch, config.dtype), device=world.device)
     rows, dropped = data.load_prompts(config.dataset, tokenizer, config.max_prompt_length)
     rewards.check_columns(functions, rows[0]["columns"])
+    rewards.open_models(functions, tokenizer, world.device, partial(distributed.print0, world))
     seeds = [data.seed_of(config.seed, place) for place in range(len(rows))]
     engine, n = Engine(model, tokenizer, max_batch=config.rollout_batch_size), config.num_generations
     sampling = {key: getattr(config, key) for key in ("temperature", "top_p", "stop")}
@@ -92,6 +93,7 @@ def evaluate(name: str, functions, config: Config, world) -> dict:
         "interval": interval(right_P / n, n),
         **{f"pass@{k}": float(pass_at_k(n, right_P, k).mean()) for k in ks},
         **experience.rollout_metrics(rollouts, functions), "right": right_P.tolist(),
+        "digest": data.fingerprint([{"text": row["prompt"]} for row in rows]),
     }  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def interval(shares_P: np.ndarray, n: int) -> list[float]:
 
 def compare(first: dict, other: dict, n: int, seed: int = 0) -> dict:
     """What the other model gained over the first in accuracy, its interval, and the two-sided p-value (see above)."""
-    if len(first["right"]) != len(other["right"]):
+    if first["digest"] != other["digest"]:
         raise ValueError("--max_prompt_length: the models' tokenizers leave out different prompts; raise it")
     gained_P = np.asarray(other["right"]) - np.asarray(first["right"])
     P, mean = len(gained_P), float(gained_P.mean() / n)
@@ -125,7 +127,8 @@ def compare(first: dict, other: dict, n: int, seed: int = 0) -> dict:
         draw, counts = np.random.default_rng(seed), np.bincount(np.abs(gained_P))
         sums = sum(d * (2 * draw.binomial(m, 0.5, FLIPS) - m) for d, m in enumerate(counts))
         p = (1 + int((np.abs(sums) >= abs(gained_P.sum())).sum())) / (1 + FLIPS)
-    return {"difference": mean, "interval": [mean - half, mean + half], "p": p, "won": won, "lost": lost}
+    bounds = [max(mean - half, -1.0), min(mean + half, 1.0)]
+    return {"difference": mean, "interval": bounds, "p": p, "won": won, "lost": lost}
 
 
 if __name__ == "__main__":

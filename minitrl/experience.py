@@ -403,7 +403,7 @@ def evaluate(engine, rows, functions, config: RolloutOptions, world, step: int) 
 
 
 def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
-    """What the completions were like, in TRL's names; rewards that apply to no sample are left out."""
+    """What the completions were like, in TRL's names, less what too few rewards are there for."""
     lengths, truncated, rewards_PG = rollouts.lengths_PG.double(), rollouts.truncated_PG, rollouts.rewards_PG.double()
     compared = rewards_PG if rewards_PG.shape[1] > 1 else rewards_PG.T  # single completions, with each other
     metrics = {
@@ -418,14 +418,14 @@ def rollout_metrics(rollouts: Rollouts, functions) -> dict[str, float]:
         metrics["completions/mean_terminated_length"] = lengths[~truncated].mean()
     if not rewards_PG.isnan().all():
         metrics["reward"] = rewards_PG.nanmean()
-        metrics["reward_std"] = deviations(compared).nanmean()
+        metrics["reward_std"] = deviations(compared).nanmean()  # NaN where there is one in each group
     for f, (name, _) in enumerate(functions):
         values = rollouts.rewards_PGF[..., f].double()
         values = values[~values.isnan()]
         if len(values):
             metrics[f"rewards/{name}/mean"] = values.mean()
             metrics[f"rewards/{name}/std"] = values.std(correction=min(1, len(values) - 1))
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items() if value == value}
 
 
 def completion_rows(rollouts: Rollouts, tokenizer, functions, used: bool = True) -> list[dict]:

@@ -255,17 +255,24 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
         for name, parameter in expected.items():
             parameter.copy_(found.get_tensor(name))
     for adapter in model.adapters.all:
-        adapter.start = tuple(part.clone() for part in adapter.stacked())
+        adapter.start = adapter.stacked()  # copies
 
 
-def open_model(folder: str, base: str | None = None, dtype=torch.float32, device="cpu") -> tuple[Model, Tokenizer]:
-    """`checkpoint.load`, or, of a folder with an adapter alone, the base (by default the one it names) with it on."""
+def open_model(
+    folder: str, base: str | None = None, dtype=torch.float32, device="cpu", scalar_head: bool = False
+) -> tuple[Model, Tokenizer]:
+    """`checkpoint.load`, or, of a folder with an adapter alone, the base (by default the one it names) with it on.
+
+    With scalar_head, of a reward or value model's adapter too."""
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return checkpoint.load(folder, dtype, device)
     settings = read_json(path)
     base = base or settings.get("base_model_name_or_path") or "none"
-    model, tokenizer = checkpoint.load(base, dtype, device, scalar_head=settings.get("task_type") == "SEQ_CLS")
+    scalar = settings.get("task_type") == "SEQ_CLS"
+    if scalar and not scalar_head:
+        raise ValueError(f"{folder}: a reward or value model's adapter; a language model's is needed here")
+    model, tokenizer = checkpoint.load(base, dtype, device, scalar_head=scalar)
     load(model, folder)
     return model, tokenizer
 
@@ -286,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] != ["merge"]:
         raise ValueError("python -m minitrl.lora merge --adapter FOLDER --output_dir OUT [--model FOLDER]")
     options = parse(MergeOptions, argv[1:])
-    model, tokenizer = open_model(options.adapter, options.model)
+    model, tokenizer = open_model(options.adapter, options.model, scalar_head=True)
     if model.adapters is None:
         raise ValueError(f"--adapter {options.adapter}: no {ADAPTER_CONFIG} is there")
     merge_(model)

@@ -206,6 +206,12 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return torch.lerp(frequencies, frequencies / factor, ramp), float(attention_factor)
 
 
+def context_length(config: ModelConfig) -> int:
+    """Positions a model can tell apart: max_position_embeddings, or what RoPE scaling makes of the original ones."""
+    original = config.rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return max(config.max_position_embeddings, int(original * (config.rope.get("factor") or 1)))
+
+
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`, and the place for an adapter (lora.py)."""
 

@@ -23,6 +23,7 @@ from .config import CommonOptions, require
 from .distributed import World, print0
 from .packing import Pack, pack_groups, plan_micro_batches
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 OF_A_STEP = ("tokens", "offending", "state")  # what training.fit wants of a step beside its metrics
 
 
@@ -61,8 +62,8 @@ def load_preferences(path: str | Path, tokenizer, max_length: int | None) -> tup
             if not prompt_ids:
                 raise ValueError("chosen and rejected have no prompt, nor a beginning in common that could be one")
             margin = row.get("margin", 0.0)
-            if type(margin) not in (int, float):
-                raise ValueError(f"margin must be a number, not {margin!r}")
+            if type(margin) not in (int, float) or abs(margin) > FLOAT32_MAX:
+                raise ValueError(f"margin must be a number, not {margin!r:.60}")
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from error
         if max_length is not None and len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > max_length:

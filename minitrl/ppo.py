@@ -44,7 +44,6 @@ class Config(RolloutOptions):
     """Train a language model with PPO. Names and defaults are TRL 0.16.0's, and of what PPO shares with GRPO 1.16's."""
 
     num_generations: int = 1  # completions of each prompt
-    lora_dropout: float = 0.0  # share of adapters' inputs that training sets to 0 (TRL: off)
     value_model: str | None = None  # folder to start the value model from, say the reward model's; none: the policy's
     num_ppo_epochs: int = 4  # passes over each generation
     num_mini_batches: int = 1  # optimizer steps in each pass

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, packing, pairs
-from .model import ModelConfig
+from .model import ModelConfig, context_length
 from .tokenizer import read_json
 
 Reward = Callable[..., Any]
@@ -119,6 +119,9 @@ class RewardModel:
             groups[-1][1].append(ids)
             groups[-1][2].append(i)
         lengths = [len(prompt_ids) for prompt_ids, _, _ in groups], [[len(ids) for ids in group[1]] for group in groups]
+        longest = max(n + max(answers) for n, answers in zip(*lengths))
+        if longest > (room := context_length(self.model.config)):
+            raise ValueError(f"a prompt and its completion have {longest} tokens, the reward model {room} positions")
         scores = [0.0] * len(prompts)
         for batch in packing.plan_micro_batches(*lengths, self.capacity)[0]:
             answers = [[groups[p][1][g] for g in members] for p, members in batch]

@@ -33,6 +33,7 @@ from torch import Tensor
 from .kernels.decode import decode, extend, make_chunks, make_layout
 from .kernels.linear import logits, packed_weights
 from .kernels.token_logprob import token_logprob
+from .model import context_length
 from .sampling import Sampling, check, is_, sample
 
 
@@ -646,9 +647,3 @@ class Engine:
         new = after[len(before) :]
         s.text, s.decoded = s.text + new, (read, len(s.ids))
         return any(string in s.text[-(len(new) + len(string) - 1) :] for string in s.request.stop)
-
-
-def context_length(config) -> int:
-    """Positions a model can tell apart: max_position_embeddings, or what RoPE scaling makes of the original ones."""
-    original = config.rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    return max(config.max_position_embeddings, int(original * (config.rope.get("factor") or 1)))

@@ -115,7 +115,8 @@ def load(config: Config, run):
             if cut or gone:
                 distributed.print0(world, f"{path}: {cut} of {len(whole)} documents are above --max_length {limit} and "
                                    f"cut; {gone} in which nothing is left to learn are left out")
-            require(len(kept) > 0, name, path, "a file with something to learn before --max_length")
+        learnable = path is None or len(kept.truncated(None)) > 0
+        require(learnable, name, path, "a file with something to learn before --max_length")
         found.append(kept)
     return model, tokenizer, *found
 
@@ -137,7 +138,8 @@ def learn(model, documents: Documents, chosen: np.ndarray, config: Config, world
     of the chosen were, on this process, in a micro-batch whose loss is not finite.
     """
     lengths, masks = documents.lengths[chosen].tolist(), [documents.mask(d) for d in chosen]
-    count = max(1, sum(int(mask.sum()) for mask in masks))  # over all micro-batches and processes
+    learnt = sum(int(mask.sum()) for mask in masks)  # over all micro-batches and processes
+    count = max(1, learnt)
     one_each = [0] * len(lengths), [[length] for length in lengths]
     plan = packing.plan_micro_batches(*one_each, config.tokens_per_microbatch, world.size)
     sums, not_finite = np.zeros(len(MEANS)), []
@@ -152,7 +154,7 @@ def learn(model, documents: Documents, chosen: np.ndarray, config: Config, world
         sums += shares
         not_finite += places if not math.isfinite(shares[0]) else []
     metrics = training.total(dict(zip(MEANS, sums)), world)
-    return metrics | {"trained_tokens": count, "tokens": sum(lengths)}, not_finite
+    return metrics | {"trained_tokens": learnt, "tokens": sum(lengths)}, not_finite
 
 
 def check(config: Config) -> None:

@@ -206,3 +206,14 @@ def test_device_that_is_not_there(monkeypatch, name, gpus, words):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ValueError, match=f"--device {name}: .*{words}"):
         distributed._device(name, local_rank=1)
+
+
+def test_sums_travel_on_the_processes_own_device(monkeypatch):
+    """NCCL carries no tensor of the CPU's, where log-probs of rollouts are kept."""
+
+    def carry(flat):
+        raise LookupError(f"on {flat.device}")
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", carry)
+    with pytest.raises(LookupError, match="on meta"):
+        distributed.sum_([torch.ones(3)], distributed.World(0, 2, torch.device("meta")))

@@ -248,8 +248,11 @@ def test_what_is_refused_leaves_nothing_behind():
     assert engine.idle and engine.step() == []
 
 
-def test_min_tokens():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_min_tokens(deterministic):
     model, prompt = tiny(), prompt_of(5)
+    if deterministic:
+        model.make_deterministic()
     options = {"n": 60, "max_tokens": 12, "seed": 2, "temperature": 1.5}
     free = Engine(model, Letters()).generate([prompt], **options)[0]
     held = Engine(model, Letters()).generate([prompt], min_tokens=6, **options)[0]

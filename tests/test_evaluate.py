@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from minitrl import checkpoint, evaluate, lora, runs
+from minitrl import chat, checkpoint, evaluate, lora, runs
 
 
 def call(main, argv, capsys):
@@ -57,7 +57,7 @@ def test_coverage():
 
 
 def result(right):
-    return {"right": right}
+    return {"right": right, "digest": str(len(right))}
 
 
 @pytest.mark.parametrize("won, lost", [(0, 0), (5, 0), (1, 8), (6, 6), (30, 14)])
@@ -81,6 +81,8 @@ def test_sign_flips():
     assert evaluate.compare(result(first), result(first), 8)["p"] == 1
     with pytest.raises(ValueError, match="leave out different prompts"):
         evaluate.compare(result([1]), result([1, 0]), 1)
+    with pytest.raises(ValueError, match="leave out different prompts"):  # as many, but others
+        evaluate.compare(result([1]), result([1]) | {"digest": "another"}, 1)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,43 @@ def test_two_models(tiny, trained, tmp_path, capsys, n):
     assert one["pass@1"] == pytest.approx(one["accuracy"]) and list(k for k in one if "pass@" in k)[-1] == f"pass@{n}"
     assert one["pass@1"] <= one[f"pass@{n}"] and "against_first" not in one and "pass@1: " in printed
     assert 1 <= one["reward"] <= 5.02 and one["frac_reward_none"] == 0
+
+
+def test_one_prompt_is_reported_in_json(tiny, trained, tmp_path, capsys):
+    """Of one number there is no deviation; JSON has neither NaN nor infinity."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}')
+    argv = ["--model", tiny.folder / "model", trained, "--dataset", tmp_path / "one.jsonl", "--reward", "exact",
+            "--max_completion_length", 4, "--output", tmp_path / "out.json"]  # fmt: skip
+    code, printed = call(evaluate.main, argv, capsys)
+    assert code == 0, printed
+    report = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
+    assert report["models"][1]["against_first"]["interval"] == [-1, 1]
+
+
+def test_a_reward_model_scores(tiny, tmp_path, capsys):
+    """Each model's completions by that model's ids, if the tokenizers are the same, else by its texts."""
+    checkpoint.save(*checkpoint.load(tiny.folder / "model", scalar_head=True), tmp_path / "judge")
+    model, tokenizer = checkpoint.load(tiny.folder / "model")
+    tokenizer.chat_template = "{{ messages }}"
+    checkpoint.save(model, tokenizer, tmp_path / "other")
+    for others in ([], [tmp_path / "other"]):
+        argv = ["--model", tiny.folder / "model", *others, "--dataset", tiny.folder / "data.jsonl", "--reward", "exact",
+                tmp_path / "judge", "--max_completion_length", 4, "--dtype", "float32"]  # fmt: skip
+        code, printed = call(evaluate.main, argv, capsys)
+        assert code == 0 and printed.count("rewards/judge/mean: ") == 1 + len(others), printed
+        assert printed.count("it reads texts, not ids") == len(others)
+
+
+@pytest.mark.parametrize("script", [evaluate, chat])
+def test_a_reward_models_adapter_does_not_talk(tiny, tmp_path, capsys, script):
+    model, tokenizer = checkpoint.load(tiny.folder / "model", scalar_head=True)
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    lora.attach(model, settings | {"base_model_name_or_path": str(tiny.folder / "model")})
+    lora.save(model, tokenizer, tmp_path / "judge")
+    more = ["--dataset", tiny.folder / "data.jsonl", "--reward", "exact"] if script is evaluate else []
+    code, printed = call(script.main, ["--model", tmp_path / "judge", *more], capsys)
+    assert code == 1 and "a reward or value model's adapter" in printed
+    assert lora.open_model(str(tmp_path / "judge"), scalar_head=True)[0].score is not None
 
 
 @pytest.mark.parametrize(

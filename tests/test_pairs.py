@@ -115,6 +115,8 @@ CHAT = [user("Hi")]
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin must be a number, not '1'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "margin must be a number, not True"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": None}, "margin must be a number, not None"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "margin must be a number, not 1000"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e39}, "margin must be a number, not 1e"),
     ],
 )
 def test_bad_rows_are_named(load, row, message):

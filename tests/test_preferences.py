@@ -1,5 +1,6 @@
 """DPO and reward models: the loss of a step is that of its pairs one by one; runs killed, divided, badly fed."""
 
+import dataclasses
 import json
 import math
 import re
@@ -499,6 +500,19 @@ def test_a_reward_model_with_another_tokenizer_reads_texts(files, tmp_path, whol
         for score, ids in zip(scores, (ended, cut), strict=False):
             true = model.values(pack([tokenizer.encode("5+7=") + ids]))[-1].item()
             assert score == pytest.approx(true, abs=1e-5)
+
+
+def test_a_reward_model_without_positions_for_a_text_says_so(files, tmp_path, whole):
+    model, tokenizer = checkpoint.load(whole("reward") / "final", scalar_head=True)
+    short = dataclasses.replace(model.config, source=model.config.source | {"max_position_embeddings": 8})
+    model.config = short
+    checkpoint.save(model, tokenizer, tmp_path / "short")
+    functions = rewards.load_rewards([str(tmp_path / "short")])
+    rewards.open_models(functions, tokenizer, "cpu")
+    ids = tokenizer.encode("1234")
+    assert rewards.score(functions, 60, ["5+7="], ["1234"], [ids], {}, 0).isfinite().all()
+    with pytest.raises(ValueError, match="reward 'short' raised .*9 tokens.* 8 positions"):
+        rewards.score(functions, 60, ["5+7="], ["12341"], [[*ids, ids[0]]], {}, 0)
 
 
 def test_scores_come_in_the_order_of_the_samples(files, whole, monkeypatch):

@@ -139,6 +139,7 @@ def test_faults_in_the_loss_are_seen(model, monkeypatch):
 def test_nothing_to_learn_is_a_loss_of_0(model):
     documents = Documents.of([([1, 2, 3], [0, 0, 0]), ([4], [1])])
     metrics, not_finite = sft.learn(model, documents, np.arange(2), config(), ALONE)
+    assert metrics["trained_tokens"] == 0
     assert metrics["loss"] == 0 and not_finite == [] and all((g == 0).all() for g in gradients(model))
     assert len(documents.truncated(None)) == 0
 
@@ -346,8 +347,11 @@ def test_bad_rows_are_named_by_file_and_line(files, tmp_path, line, options, mes
     (dict(max_length=100, tokens_per_microbatch=100), "--max_length 100: must be at most 64"),
     (dict(max_length="none", tokens_per_microbatch=9), "--max_length None: must be given, at most 9"),
     (dict(max_length=2), "a file with something to learn before --max_length"),
+    (dict(dataset="nothing.jsonl", packing=True, packing_strategy="wrapped"), "a file with something to learn"),
 ])  # fmt: skip
-def test_lengths_that_cannot_be(files, tmp_path, options, message):
+def test_lengths_that_cannot_be(files, tmp_path, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing.jsonl").write_text('{"text": ""}')  # an end token, before which nothing stands
     with pytest.raises(ValueError, match=message):
         sft.main(argv(files, tmp_path / "run", **options))
 
