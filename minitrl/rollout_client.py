@@ -226,7 +226,11 @@ class RemoteEngine:
                              f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
 
     def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
-        """One prompt's completions, from whichever server; asked again until one has answered."""
+        """One prompt's completions, from whichever server; asked again until one has answered.
+
+        ConnectionError where that has not helped for timeout_s: then it is the request that servers fail at.
+        """
+        first = None  # when it was lost for the first time
         while not over.is_set():
             with self.lock:
                 ready = [server for server in self.servers if server.ready]
@@ -238,6 +242,10 @@ class RemoteEngine:
             try:
                 return self._completions(server, body)
             except Lost as lost:
+                if not lost.busy:
+                    first = first or time.monotonic()
+                    if time.monotonic() - first > self.timeout_s:
+                        raise ConnectionError(f"no rollout server answers a request, the last: {server.url} ({lost})")
                 if lost.busy:
                     over.wait(1)
                 elif server.ready:  # all that it had die together: count that once

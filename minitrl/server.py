@@ -109,10 +109,14 @@ class Job:
 def fulfil(future: Future, function, *arguments) -> None:
     """function(*arguments), and the future told of what it returns or raises."""
     try:
-        future.set_result(function(*arguments))
+        result = function(*arguments)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # or they would hold on to a bridge and its port
-        future.set_exception(error)
+        with suppress(futures.InvalidStateError):  # cancelled: nobody asks any more
+            future.set_exception(error)
+    else:
+        with suppress(futures.InvalidStateError):
+            future.set_result(result)
 
 
 class Worker(threading.Thread):
@@ -192,7 +196,7 @@ class Weights:
 
     def __init__(self, worker: Worker, config: Config):
         self.worker, self.config, self.device = worker, config, worker.engine.model.head_weight.device
-        self.bridge, self.meetings, self.lock = None, 0, threading.Lock()
+        self.bridge, self.meeting, self.lock = None, Future(), threading.Lock()
         self.places = hf_tensors(worker.engine.model.config)
         self.named, self.line = {}, ThreadPoolExecutor(1)  # TRL's: what has come so far, one after the other
 
@@ -213,7 +217,7 @@ class Weights:
 
     def close(self) -> None:
         """Leave the bridge, or the meeting that still waits for somebody to come."""
-        self.meetings += 1
+        self.meeting.cancel()
         bridge, self.bridge, self.named = self.bridge, None, {}
         if bridge:
             bridge.close()
@@ -222,23 +226,24 @@ class Weights:
         """Join a bridge, in place of the one before."""
         self.close()
         with self.alone():
-            mine = self.meetings
+            self.meeting = meeting = Future()
 
             def unless() -> None:
-                if self.meetings != mine:
-                    raise ConnectionAbortedError("another meeting was called")
+                if meeting.cancelled():
+                    raise ConnectionAbortedError
 
             join = functools.partial(
                 transfer.Bridge, host, port, rank, size, generation=generation, secret=secret, device=self.device,
                 timeout_s=self.config.transfer_timeout, listener=listener, unless=unless,
             )  # fmt: skip
             # Aside, since torch waits without limit for a store that takes a connection and says nothing.
-            meeting = Future()
             threading.Thread(target=fulfil, args=(meeting, join), daemon=True).start()
             try:
                 self.bridge = meeting.result(self.config.transfer_timeout + 1)
             except futures.TimeoutError:
                 raise ConnectionError(f"nothing came of meeting at {host}:{port}") from None
+            except futures.CancelledError:
+                raise ConnectionAbortedError("another meeting was called") from None
 
     def update(self, generation: int, version: int, tensors) -> None:
         """Receive a whole set from rank 0; raises Refused, and nothing has changed, where it does not fit or come."""

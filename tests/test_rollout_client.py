@@ -160,6 +160,33 @@ def test_an_answer_that_is_none(tiny, monkeypatch, answer):
         remote._completions(remote.servers[0], {"prompt": [1], "n": 1, "max_tokens": 4})
 
 
+def test_a_request_that_every_server_fails_at_ends(tiny, monkeypatch):
+    """The servers are well otherwise, so time without any never passes."""
+    policy, tokenizer = checkpoint.load(tiny.folder / "model")
+    with serving.here(tiny) as server:
+        draw = server.worker.engine._draw
+
+        def fail(sequences, hidden_BD):
+            if any(s.request.prompt == [5, 5] for s in sequences):
+                time.sleep(0.7)
+                raise FloatingPointError
+            return draw(sequences, hidden_BD)
+
+        monkeypatch.setattr(server.worker.engine, "_draw", fail)
+        remote, errors = RemoteEngine([server.url], policy, tokenizer, WORLD, timeout_s=3), []
+
+        def generate():
+            try:
+                remote.generate([[1], [5, 5]], max_tokens=3)
+            except ConnectionError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive() and "the engine failed" in errors[0]
+
+
 def slow():
     """In a server's process: every step of the engine takes longer."""
     step = Engine.step

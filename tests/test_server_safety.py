@@ -560,6 +560,20 @@ def test_a_trainer_that_hangs_is_waited_for_in_bounds(tiny):
         assert ask(server.url, "/v1/completions", GOOD)[0] == 200
 
 
+def test_a_trainer_that_says_nothing_keeps_no_other_waiting(tiny):
+    """Torch's store waits for it without limit. Who comes next is a trainer that was started anew."""
+    with serving.here(tiny) as server, socket.create_server(("127.0.0.1", 0)) as silent:
+        body = {"host": "127.0.0.1", "port": silent.getsockname()[1], "rank": 1, "size": 2, "generation": 1}
+        got = []
+        first = threading.Thread(target=lambda: got.append(ask(server.url, "/weights/meet", body)))
+        first.start()
+        silent.accept()
+        began = time.monotonic()
+        meet(server).close()
+        first.join(20)
+        assert time.monotonic() - began < 20 and got[0][0] == 409 and "another meeting" in str(got[0][1])
+
+
 def test_weights_that_are_not_finite_fail_requests_and_not_the_server(tiny):
     model, _ = checkpoint.load(tiny.folder / "model")
     good = {name: p.detach().clone() for name, p in model.named_parameters()}
