@@ -22,13 +22,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.grpo_step import ROOT, report, wait
+from benchmarks.grpo_step import report, take_turns, wait
 
 RESULTS = Path(__file__).parent / "results" / "dpo_step.json"
 PAIRS, STEP = 64, 8
@@ -114,26 +113,7 @@ def main() -> None:
         sys.stdout = sys.stderr  # what libraries print is not a report
         return ours(options.model) if options.worker == "ours" else theirs(options.worker, options.model)
 
-    processes, rounds = {}, {side: [] for side in SIDES}
-    for side in SIDES:
-        python = sys.executable if side == "ours" else options.peers
-        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-        processes[side] = subprocess.Popen(
-            [python, __file__, "--worker", side, "--model", options.model],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | quiet,
-        )  # fmt: skip
-    for number in range(options.rounds + 1):
-        for side, process in processes.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"the process of {side} ended; try: {' '.join(process.args)} and type go")
-            if number:  # the first warms up
-                rounds[side].append(json.loads(line))
-            print(f"round {number} {side}: {line}", end="", flush=True)
-    for process in processes.values():
-        process.kill()
+    rounds = take_turns(__file__, SIDES, options)
 
     import torch
 

@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 SECTIONS = {section: ("ours", "theirs") for section in ("step", "groups", "rollout")}
 SECTIONS["train"] = ("ours", "theirs", "limit")
+OWN = ("ours", "exact", "limit")  # sides that need no peer
 TOKENS = {"step": 8 * 4 * 32, "groups": 16 * 64, "rollout": 16 * 64, "train": 16 * 256}  # new ones; of train, all
 SETTINGS = {
     "ours": {"masters": "float32", "gradients": "float32", "attention": "packed, prompt shared", "logits": "in tiles"},
@@ -223,12 +224,15 @@ def work(side: str, section: str, dtype: str, model: str) -> None:
         report(seconds if isinstance(seconds, float) else time.perf_counter() - began)
 
 
-def take_turns(file: str, sides, section: str, dtype: str, options) -> dict[str, list[dict]]:
-    """What each side's process reports of its rounds, made in turn; the first of each warms up and is not counted."""
+def take_turns(file: str, sides, options, *work: str) -> dict[str, list[dict]]:
+    """What each side's process reports of its rounds, made in turn; the first of each warms up and is not counted.
+
+    A process is `file --worker SIDE *work`, by the peers' interpreter unless the side is one of OWN.
+    """
     processes = {}
     for side in sides:
-        python = options.peers if side == "theirs" else sys.executable
-        command = [python, file, "--worker", side, section, dtype, "--model", options.model]
+        python = sys.executable if side in OWN else options.peers
+        command = [python, file, "--worker", side, *work, "--model", options.model]
         quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[side] = subprocess.Popen(command, env=os.environ | quiet, stderr=subprocess.DEVNULL, **pipes)
@@ -244,12 +248,13 @@ def take_turns(file: str, sides, section: str, dtype: str, options) -> dict[str,
                 rounds[side].append(json.loads(line))
     for process in processes.values():
         process.kill()
+        process.wait()  # its memory is for whoever comes next
     return rounds
 
 
 def compare(section: str, dtype: str, options) -> dict:
     """The medians of both sides."""
-    rounds = take_turns(__file__, SECTIONS[section], section, dtype, options)
+    rounds = take_turns(__file__, SECTIONS[section], options, section, dtype)
     row = {"section": section, "dtype": dtype}
     for side, results in rounds.items():
         row[f"{side}_seconds"] = [round(result["seconds"], 5) for result in results]

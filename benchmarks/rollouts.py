@@ -146,7 +146,7 @@ def work(side: str, section: str, dtype: str, model: str) -> None:
 
 def compare(section: str, dtype: str, options) -> dict:
     """One row of the table."""
-    rounds = take_turns(__file__, SECTIONS[section], section, dtype, options)
+    rounds = take_turns(__file__, SECTIONS[section], options, section, dtype)
     tokens = NEW * (8 if section == "group" else int(section))
     row = {"section": section, "dtype": dtype}
     for side, results in rounds.items():

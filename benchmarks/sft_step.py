@@ -22,13 +22,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.grpo_step import ROOT, wait
+from benchmarks.grpo_step import take_turns, wait
 
 RESULTS = Path(__file__).parent / "results" / "sft_step.json"
 SIDES = {
@@ -127,7 +126,7 @@ def main() -> None:
         "rows": [],
     }
     for side in options.sides:
-        rounds, row = take_turns(side, options), {"against": side}
+        rounds, row = take_turns(__file__, ("ours", side), options), {"against": side}
         for name, results in rounds.items():
             # Each side has its own order of documents, so tokens a second are compared, over all rounds.
             speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
@@ -139,31 +138,6 @@ def main() -> None:
         print(f"{row['times_as_fast']:.2f} times as fast as {side}, {row['share_of_memory']:.2f} of its memory", flush=True)
         value["rows"].append(row)
         RESULTS.write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
-
-
-def take_turns(other: str, options) -> dict[str, list[dict]]:
-    """The rounds of ours and of the other side; the first of each warms up and is not counted."""
-    processes, rounds = {}, {"ours": [], other: []}
-    for side in rounds:
-        python = sys.executable if side == "ours" else options.peers
-        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-        processes[side] = subprocess.Popen(
-            [python, __file__, "--worker", side, "--model", options.model],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | quiet,
-        )  # fmt: skip
-    for number in range(options.rounds + 1):
-        for side, process in processes.items():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"the process of {side} ended; try: {' '.join(process.args)} and type go")
-            if number:
-                rounds[side].append(json.loads(line))
-    for process in processes.values():
-        process.kill()
-        process.wait()
-    return rounds
 
 
 if __name__ == "__main__":
