@@ -83,6 +83,9 @@ class CommonOptions:
     seed: int = 42  # of the data order and of every sampled token
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights in forward and backward; master weights: float32
+    replicate: int | None = None  # processes that hold the same and divide the data; none: what is left
+    shard: int | None = None  # processes that divide parameters, gradients and optimizer state (FSDP2), and the data
+    tensor: int = 1  # processes that divide every matrix and compute one part of the data together
     use_peft: bool = False  # train low-rank adapters (LoRA) beside the frozen model, and nothing else
     adapter: str | None = None  # folder of an adapter to start from, whose rank, alpha and targets hold; none: fresh
     lora_r: int = 16  # rank of the adapters
@@ -110,6 +113,11 @@ class CommonOptions:
     eval_steps: int | None = None  # steps between evaluations on --eval_dataset; none: before and after training only
     save_steps: int = 500  # steps between checkpoints; one is always written at the end
     save_total_limit: int | None = None  # checkpoints to keep, the newest; none: all
+
+    @property
+    def mesh(self) -> tuple[int | None, int | None, int]:
+        """What `distributed.start` makes a mesh of."""
+        return self.replicate, self.shard, self.tensor
 
     def __post_init__(self):
         require(self.output_dir != "", "output_dir", "''", "the name of a folder")

@@ -3,17 +3,28 @@
 `torchrun --nproc_per_node N -m minitrl.grpo` starts N of us and tells each its place through environment variables;
 `python -m minitrl.grpo` is the same with N = 1. gloo carries the tensors of CPUs, NCCL those of GPUs. No collective
 here pickles anything: what travels is tensors. A job's own process group is trusted.
+
+N = replicate x shard x tensor processes form a mesh, tensor the innermost (world.replicate, .shard, .tensor):
+
+    replicate   each has the whole, and its own part of the step's data; gradients are summed
+    shard       the same, but parameters, gradients and optimizer state are divided: FSDP2 gathers a block at a time
+    tensor      all compute one part of the step together, each with a slice of every matrix, in Megatron's form with
+                the activations between blocks divided by rows (arXiv 2205.05198): `gather`, `scatter`, `collect`
+
+world.data is replicate and shard together: the processes among which the data of a step are divided.
 """
 
 import ctypes
 import json
+import math
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
@@ -23,21 +34,48 @@ _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: rank 0 .. size-1, and the device that its tensors live on."""
+    """This process's place among all, or among those of one of the mesh's dimensions: rank 0 .. size-1, and the device
+    that its tensors live on."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # None: all processes
+    parts: dict[str, "World"] = field(default_factory=dict)  # of the mesh, where there is one
+
+    @property
+    def data(self) -> "World":
+        """The processes among which a step's data are divided: all, but those of one `tensor` count as one."""
+        return self.parts.get("data", self)
+
+    @property
+    def replicate(self) -> "World":
+        """The processes that hold the same as this one."""
+        return self.parts.get("replicate", self)
+
+    @property
+    def shard(self) -> "World":
+        """The processes among which parameters are divided by FSDP2."""
+        return self.parts.get("shard", World(0, 1, self.device))
+
+    @property
+    def tensor(self) -> "World":
+        """The processes among which every matrix is divided."""
+        return self.parts.get("tensor", World(0, 1, self.device))
 
 
-def start(device: str = "auto", timeout_s: float = 1800) -> World:
+def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -> World:
     """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.
 
-    Raises ValueError for half-set launcher variables, a missing GPU or a taken port; ConnectionError when the others
-    do not come within the time.
+    mesh: (replicate, shard, tensor); of the first two, one that is None is what the number of processes leaves (both:
+    all replicate).
+
+    Raises ValueError for half-set launcher variables, a missing GPU, a taken port, or a mesh of another size than the
+    number of processes; ConnectionError when the others do not come within the time.
     """
     place = _place_from_environment()
     rank, size, local_rank = place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"]
+    mesh = mesh_sizes(size, *mesh)
     world = World(rank, size, _device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -64,7 +102,40 @@ def start(device: str = "auto", timeout_s: float = 1800) -> World:
                 f"MASTER_PORT {os.environ['MASTER_PORT']}: another program listens there already (another run on this "
                 "machine?); give torchrun --standalone, or another --master_port"
             ) from None
-    return world
+    return with_mesh(world, mesh, timeout_s) if mesh[1:] != (1, 1) else world
+
+
+def mesh_sizes(size: int, replicate: int | None, shard: int | None, tensor: int) -> tuple[int, int, int]:
+    """(replicate, shard, tensor) of `size` processes. ValueError where they do not fit."""
+    for name, value in (("replicate", replicate), ("shard", shard), ("tensor", tensor)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if shard is None:
+        shard = max(1, size // (replicate * tensor)) if replicate else 1
+    if replicate is None:
+        replicate = max(1, size // (shard * tensor))
+    if replicate * shard * tensor != size:
+        raise ValueError(
+            f"--replicate {replicate} --shard {shard} --tensor {tensor}: the product must be the number of processes, "
+            f"{size}; leave one of the first two out, or start as many (torchrun --nproc_per_node)"
+        )
+    return replicate, shard, tensor
+
+
+def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> World:
+    """The same world with its `parts`, each a process group of its own."""
+    ranks = torch.arange(world.size).view(mesh)
+    kept = {"replicate": (0,), "shard": (1,), "tensor": (2,), "data": (0, 1)}
+    parts = {}
+    for name, dims in kept.items():
+        others = [dim for dim in range(3) if dim not in dims]
+        lists = ranks.permute(*others, *dims).reshape(-1, math.prod(mesh[dim] for dim in dims)).tolist()
+        mine = next(members for members in lists if world.rank in members)
+        group = None
+        if len(mine) > 1:
+            group, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_s))
+        parts[name] = World(mine.index(world.rank), len(mine), world.device, group)
+    return World(world.rank, world.size, world.device, None, parts)
 
 
 def stop() -> None:
@@ -85,7 +156,7 @@ def sum_(tensors: list[Tensor], world: World) -> None:
     where = {"device": world.device, "dtype": torch.float64 if wide else torch.float32}  # NCCL takes no CPU tensors
     flat = torch.cat([tensor.detach().reshape(-1).to(**where) for tensor in tensors])
     with _named(f"summing {len(tensors)} tensors", world):
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=world.group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts):
         tensor.detach().copy_(part.view(tensor.shape))
@@ -103,7 +174,7 @@ def gather_ragged(tensor: Tensor, world: World) -> list[Tensor]:
     mine = torch.tensor([len(tensor), row_bytes], device=world.device)
     shapes = mine.new_empty(world.size, 2)
     with _named("gathering sizes", world):
-        dist.all_gather(list(shapes.unbind()), mine)
+        dist.all_gather(list(shapes.unbind()), mine, group=world.group)
     lengths, widths = shapes.T.tolist()
     width = max(widths)
     assert all(w in (0, width) for w in widths), f"rows of unequal size or dtype: {widths} bytes"
@@ -113,7 +184,7 @@ def gather_ragged(tensor: Tensor, world: World) -> list[Tensor]:
     padded[: tensor.numel() * tensor.element_size()] = tensor.detach().contiguous().view(-1).view(torch.uint8)
     received = [torch.empty_like(padded) for _ in lengths]
     with _named("gathering tensors", world):
-        dist.all_gather(received, padded)
+        dist.all_gather(received, padded, group=world.group)
     return [
         data[: n * width].view(tensor.dtype).view(n, *tensor.shape[1:]).to(tensor.device)
         for data, n in zip(received, lengths)
@@ -134,7 +205,7 @@ def any_true(flag: bool, world: World) -> bool:
         return bool(flag)
     vote = torch.tensor(int(flag), device=world.device)
     with _named("agreeing on a flag", world):
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=world.group)
     return bool(vote.item())
 
 
@@ -143,9 +214,74 @@ def barrier(world: World, what: str = "at a barrier") -> None:
     if world.size > 1:
         with _named(what, world):
             # A sum instead of dist.barrier(): it waits on the device that we gave, and times out under our name.
-            dist.all_reduce(torch.zeros(1, device=world.device))
+            dist.all_reduce(torch.zeros(1, device=world.device), group=world.group)
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, rows, world, summed):
+        ctx.rows, ctx.world, ctx.summed = rows, world, summed
+        return _all_rows(part, rows, world)
+
+    @staticmethod
+    def backward(ctx, d_whole):
+        d_part = _sum_rows(d_whole, ctx.world) if ctx.summed else _own_rows(d_whole, ctx.world)
+        return d_part, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, world):
+        ctx.rows, ctx.world = len(whole), world
+        return _sum_rows(whole, world)
+
+    @staticmethod
+    def backward(ctx, d_part):
+        return _all_rows(d_part, ctx.rows, ctx.world), None
+
+
+def gather(part: Tensor, rows: int, world: World) -> Tensor:
+    """(rows, D) of every process's part, where each goes on to compute something of its own: backward adds them up.
+
+    part: (ceil(rows / size), D); the last ones are padded, so that all are of one size.
+    """
+    return part if world.size == 1 else _Gather.apply(part, rows, world, True)
+
+
+def collect(part: Tensor, rows: int, world: World) -> Tensor:
+    """The same where all go on to compute one and the same thing: backward, each keeps its part's gradient."""
+    return part if world.size == 1 else _Gather.apply(part, rows, world, False)
+
+
+def scatter(whole: Tensor, world: World) -> Tensor:
+    """The sum of every process's (rows, D), of which each keeps its part of the rows."""
+    return whole if world.size == 1 else _Scatter.apply(whole, world)
+
+
+def _all_rows(part: Tensor, rows: int, world: World) -> Tensor:
+    whole = part.new_empty(world.size * len(part), *part.shape[1:])
+    with _named("gathering rows", world):
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=world.group)
+    return whole[:rows]
+
+
+def _sum_rows(whole: Tensor, world: World) -> Tensor:
+    whole = _padded(whole, world)
+    part = whole.new_empty(len(whole) // world.size, *whole.shape[1:])
+    with _named("summing rows", world):
+        dist.reduce_scatter_tensor(part, whole, group=world.group)
+    return part
+
+
+def _own_rows(whole: Tensor, world: World) -> Tensor:
+    return _padded(whole, world).chunk(world.size)[world.rank]
+
+
+def _padded(whole: Tensor, world: World) -> Tensor:
+    """With rows of zeros behind, so that they can be divided evenly."""
+    return F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, -len(whole) % world.size)).contiguous()
 
 
 @contextmanager

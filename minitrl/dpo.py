@@ -59,7 +59,7 @@ class Config(pairs.PairOptions):
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.DPO_PRESET)
-    world = distributed.start(config.device, config.timeout)
+    world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     policy, tokenizer, rows, held_out = load(config, run)
     optimizer = training.optimizer_of(policy, config, world)

@@ -66,7 +66,7 @@ class Config(RolloutOptions):
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.PPO_PRESET)
-    world = distributed.start(config.device, config.timeout)
+    world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
     embedded = lambda given: {} if "model" in given or "dataset" in given else toy.REWARD_PRESET  # noqa: E731
     config = parse(Config, argv, preset=embedded)
-    world = distributed.start(config.device, config.timeout)
+    world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     model, tokenizer, rows, held_out = load(config, run)
     model.gradient_checkpointing = config.gradient_checkpointing

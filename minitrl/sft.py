@@ -51,7 +51,7 @@ class Config(CommonOptions):
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns the exit status: 0, or 130 / 143 where SIGINT / SIGTERM ended the run, after a checkpoint."""
     config = parse(Config, argv, preset=lambda given: {} if "model" in given or "dataset" in given else toy.SFT_PRESET)
-    world = distributed.start(config.device, config.timeout)
+    world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     model, tokenizer, documents, held_out = load(config, run)
     model.gradient_checkpointing = config.gradient_checkpointing

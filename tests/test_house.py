@@ -14,7 +14,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint lora model tokenizer distributed config kernels web".split()
+    "checkpoint layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -26,11 +26,12 @@ ARROWS = {
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
-    "checkpoint": {"model", "tokenizer"},
+    "layout": {"model", "distributed", "kernels"},
+    "checkpoint": {"model", "tokenizer", "layout"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
-    "transfer": {"distributed"},
+    "transfer": {"distributed", "layout"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
@@ -165,7 +166,7 @@ def test_sizes():
     wide = [f"{path.name}:{i}" for path, text in lines.items() for i, line in enumerate(text, 1) if len(line) > 120]
     assert not long, long
     assert not wide, wide
-    assert sum(map(len, lines.values())) <= 12_000
+    assert sum(map(len, lines.values())) <= 13_800
 
 
 @pytest.mark.parametrize("script", ["grpo", "ppo"])

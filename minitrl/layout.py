@@ -1,0 +1,114 @@
+"""Which part of a model a process holds: rectangles of the checkpoint's tensors.
+
+A process holds slices of our parameters: those that `tensor` cuts (matrices: by heads, by rows or by columns), and of
+these the rows that `shard` (FSDP2) leaves it. Ours are made of a checkpoint's tensors, several in one (q, k and v). In
+terms of the checkpoint a process holds one rectangle, a `Box`, of each tensor, or none, and all that moves weights
+speaks of boxes:
+
+    loading              read my boxes from the files
+    saving               write my boxes; whoever reads, in whatever layout, puts together what it needs of them
+    trainer -> sampler   send each what their boxes have in common (`common`)
+
+    dim cut by `tensor`  rows: q, k, v, gate, up and their biases; embedding and head, at multiples of token_logprob's
+                         split. columns: o, down. Norms, other biases and scalar heads are whole on each.
+"""
+
+from dataclasses import dataclass
+
+from .distributed import World
+from .kernels.token_logprob import cuts
+from .model import ModelConfig, hf_tensors
+
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+COLUMNS = ("o_proj", "down_proj")
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the mesh a process stands, as far as it matters to what it holds."""
+
+    shard: int = 0
+    shards: int = 1
+    tensor: int = 0
+    tensors: int = 1
+
+
+@dataclass(frozen=True)
+class Box:
+    """Rows and columns of a checkpoint's tensor, and where in this process's own parameter they lie.
+
+    Columns of a tensor of one dimension are 0 to 1. The box fills the parameter's rows from `at` on, in full width.
+    """
+
+    tensor: str
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    parameter: str
+    at: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+
+def place_of(world: World) -> Place:
+    """This process's place."""
+    return Place(world.shard.rank, world.shard.size, world.tensor.rank, world.tensor.size)
+
+
+def boxes(config: ModelConfig, place: Place = Place()) -> list[Box]:
+    """What a process at `place` holds, in the checkpoint's order; boxes without rows are left out.
+
+    `at` counts the rows of the local parameter: of the process's shard, where there are several.
+    """
+    sliced, heights = [], {}
+    for name, (parameter, _, shape) in hf_tensors(config).items():
+        rows, columns = (0, shape[0]), (0, shape[1] if len(shape) > 1 else 1)
+        cut = _cut_by(name)
+        if cut == "vocabulary":
+            ends = cuts(shape[0], place.tensors)
+            rows = ends[place.tensor], ends[place.tensor + 1]
+        elif cut == "rows":
+            rows = _part(shape[0], place.tensor, place.tensors)
+        elif cut == "columns":
+            columns = _part(shape[1], place.tensor, place.tensors)
+        sliced.append(Box(name, rows, columns, parameter, heights.get(parameter, 0)))
+        heights[parameter] = heights.get(parameter, 0) + rows[1] - rows[0]
+    found = []
+    for box in sliced:
+        chunk = -(-heights[box.parameter] // place.shards)  # FSDP2's, as torch.chunk has it
+        first, last = max(box.at, place.shard * chunk), min(box.at + box.shape[0], (place.shard + 1) * chunk)
+        if first < last and box.columns[0] < box.columns[1]:
+            rows = box.rows[0] + first - box.at, box.rows[0] + last - box.at
+            found.append(Box(box.tensor, rows, box.columns, box.parameter, first - place.shard * chunk))
+    return found
+
+
+def same_everywhere(tensor: str) -> bool:
+    """Whether a checkpoint's tensor is held whole by each process of `tensor`."""
+    return _cut_by(tensor) is None
+
+
+def common(one: Box, other: Box) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(rows, columns) that two boxes share, or None."""
+    if one.tensor != other.tensor:
+        return None
+    rows = max(one.rows[0], other.rows[0]), min(one.rows[1], other.rows[1])
+    columns = max(one.columns[0], other.columns[0]), min(one.columns[1], other.columns[1])
+    return (rows, columns) if rows[0] < rows[1] and columns[0] < columns[1] else None
+
+
+def _cut_by(tensor: str) -> str | None:
+    if tensor in VOCABULARY:
+        return "vocabulary"
+    parent, _, kind = tensor.rpartition(".")
+    projection = parent.rpartition(".")[2]
+    if projection in ROWS:
+        return "rows"
+    return "columns" if projection in COLUMNS and kind == "weight" else None
+
+
+def _part(size: int, part: int, parts: int) -> tuple[int, int]:
+    assert size % parts == 0, f"{size} does not divide by {parts}: the model refuses it"
+    return size * part // parts, size * (part + 1) // parts
