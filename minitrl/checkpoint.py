@@ -13,16 +13,17 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from . import disk, layout
-from .distributed import ALONE, World, carry, together
-from .model import Model, ModelConfig, hf_tensors, with_scalar_head
+from . import disk
+from .distributed import ALONE, World, carry, divide, local, together
+from .layout import Place, boxes, hf_tensors, place_of, same_everywhere
+from .model import Model, ModelConfig, fill_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -32,11 +33,14 @@ REDUNDANT = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old checkpoin
 
 
 def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: bool = False,
-         seed: int = 0) -> tuple[Model, Tokenizer]:
+         seed: int = 0, world: World = ALONE, cpu_offload: bool = False) -> tuple[Model, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, or of a model on the Hub ("owner/name").
 
     With scalar_head, a reward or value model: XForSequenceClassification of one label as it is, or XForCausalLM with
     its head replaced by a fresh one, which follows from the seed alone. Without, only XForCausalLM is opened.
+
+    Each process of `world` reads its own part alone (world.shard, world.tensor); see `divide` for what FSDP2 makes of
+    `dtype` and `cpu_offload`.
 
     Everything is checked against config.json before memory is taken: ValueError names the file, and each tensor that
     is missing, unknown, misshapen or of a type that is not plain floating point.
@@ -61,11 +65,23 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: 
                          f"but the model's vocab_size is {config.vocab_size}")
     files = _weight_files(folder)
     _check_tensors(files, config, folder)
+    fresh = scalar_head and not config.scalar_head
+    if fresh:
+        config = replace(config, scalar_head=True)
+    model = empty(config, dtype, device, world, cpu_offload)
+    _fill(model, files, place_of(world))
+    if fresh:
+        fill_scalar_head(model, seed)
+    return model, tokenizer
+
+
+def empty(config: ModelConfig, dtype: torch.dtype, device="cpu", world: World = ALONE, cpu_offload=False) -> Model:
+    """This process's part of a model, with parameters that nobody has filled yet."""
     with torch.device("meta"), _Uninitialised():
-        model = Model(config)
-    model.to(dtype).to_empty(device=device)
-    _fill(model, files)
-    return with_scalar_head(model, seed) if scalar_head and not config.scalar_head else model, tokenizer
+        model = Model(config, world.tensor)
+    model.to(torch.promote_types(dtype, torch.float32) if world.shard.size > 1 else dtype)
+    divide(model, world, dtype, cpu_offload)
+    return model.to_empty(device="cpu" if cpu_offload else device)
 
 
 def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None,
@@ -74,8 +90,8 @@ def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None =
 
     A folder that is there already is replaced whole, so no stale shard is left in it; where it holds anything but such
     files, ValueError. OSError names the folder if the disk fails, and an older folder of that name is still there.
-    world: those who together hold one whole (distributed.keepers), who all call this. Each writes some of the files, and
-    holds at most one tensor whole at a time.
+    world: those who together hold one whole (distributed.keepers), who all call this. Each writes some of the files,
+    and holds at most one tensor whole at a time.
     """
     assert model.adapters is None, "only the base would be written: lora.save, or lora.merge_ first"
     dtype = dtype or model.embed_tokens.weight.dtype
@@ -204,14 +220,37 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _fill(model: Model, files: dict[str, list[Path]]) -> None:
-    """Copy every tensor into its rows of our parameter, one file open at a time so that its pages can go again."""
-    places, parameters = hf_tensors(model.config), dict(model.named_parameters())
+def _fill(model: Model, files: dict[str, list[Path]], place: Place) -> None:
+    """Copy this process's part of every tensor into its rows of our parameter.
+
+    One file is open at a time so that its pages can go again.
+    """
+    mine = {box.tensor: box for box in boxes(model.config, place)}
+    parameters = {name: local(p) for name, p in model.named_parameters()}
     for path in sorted({path for paths in files.values() for path in paths}):
         with disk.opened(path) as tensors:
-            for name in set(tensors.keys()) & set(places):
-                parameter, rows, _ = places[name]
-                parameters[parameter][rows or slice(None)].copy_(tensors.get_tensor(name))
+            for name in set(tensors.keys()) & set(mine):
+                box, header = mine[name], tensors.get_slice(name)
+                shape = header.get_shape()
+                if box.shape == (shape[0], *(shape[1:] or [1])):
+                    part = tensors.get_tensor(name)  # mapped: a slice is a copy
+                else:
+                    part = header[slice(*box.rows), slice(*box.columns)] if len(shape) > 1 else header[slice(*box.rows)]
+                parameters[box.parameter][box.at : box.at + len(part)].copy_(part)
+
+
+@torch.no_grad()
+def divided(model: Model, dtype: torch.dtype, world: World, cpu_offload: bool = False) -> Model:
+    """This process's part of a model that it holds whole; the model itself where there is nothing to divide."""
+    if world.shard.size == world.tensor.size == 1:
+        return model
+    part = empty(model.config, dtype, world.device, world, cpu_offload)
+    theirs, ours = dict(model.named_parameters()), {name: local(p) for name, p in part.named_parameters()}
+    whole = {box.tensor: box for box in boxes(model.config)}
+    for box in boxes(model.config, place_of(world)):
+        data = theirs[box.parameter][whole[box.tensor].at :][slice(*box.rows)]
+        ours[box.parameter][box.at : box.at + len(data)] = data[:, slice(*box.columns)] if data.dim() > 1 else data
+    return part
 
 
 def _is_model_file(path: Path) -> bool:
@@ -254,9 +293,9 @@ def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator
     tensors, parameters = world.tensor.size, dict(model.named_parameters())
     holders = {}
     for rank in range(world.size):
-        place = layout.Place(rank // tensors, world.size // tensors, rank % tensors, tensors)
-        for box in layout.boxes(model.config, place):
-            if place.tensor == 0 or not layout.same_everywhere(box.tensor):
+        place = Place(rank // tensors, world.size // tensors, rank % tensors, tensors)
+        for box in boxes(model.config, place):
+            if place.tensor == 0 or not same_everywhere(box.tensor):
                 holders.setdefault(box.tensor, []).append((rank, box))
     for name in disk.file_order(shapes):
         dtype, shape = shapes[name]
@@ -270,8 +309,3 @@ def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator
             if whole is not None:
                 whole.view(shape[0], -1)[slice(*box.rows), slice(*box.columns)] = part.view(box.shape)
         yield whole
-
-
-def local(parameter: Tensor) -> Tensor:
-    """What of a parameter lies in this process's memory."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -35,7 +35,8 @@ from . import checkpoint, disk, runs
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from .config import parse
 from .distributed import ALONE, World, print0
-from .model import Linear, Model, hf_tensors
+from .layout import hf_tensors
+from .model import Linear, Model
 from .tokenizer import Tokenizer, read_json, write_json
 
 MERSENNE = 2**31 - 1  # a product of two numbers below it fits into int64
@@ -205,13 +206,13 @@ def merge_(model: Model) -> None:
     model.adapters = None
 
 
-def save(model: Model, tokenizer: Tokenizer, folder, world: World = ALONE) -> str:
+def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None, world: World = ALONE) -> str:
     """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which.
 
-    world: see checkpoint.save. Adapters are the same on all.
+    dtype, world: see checkpoint.save. Adapters are the same on all, and keep their dtype.
     """
     if model.adapters is None:
-        checkpoint.save(model, tokenizer, folder, world=world)
+        checkpoint.save(model, tokenizer, folder, dtype, world=world)
         return "Hugging Face"
     head = model.score is not None
     plain = {"peft_type": "LORA", "bias": "none", "lora_dropout": model.adapters.dropout, "inference_mode": True,
