@@ -63,6 +63,11 @@ class World:
         """The processes among which every matrix is divided."""
         return self.parts.get("tensor", World(0, 1, self.device))
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process holds a part of the weights alone."""
+        return self.shard.size * self.tensor.size > 1
+
 
 def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -> World:
     """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.

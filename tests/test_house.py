@@ -30,7 +30,7 @@ ARROWS = {
     "checkpoint": {"model", "tokenizer", "layout"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "model"},
     "transfer": {"distributed", "layout"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
