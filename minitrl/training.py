@@ -13,6 +13,7 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 """
 
 import math
+import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -252,6 +253,21 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     options = {"weight_decay": config.weight_decay, "betas": betas, "eps": eps, "max_grad_norm": config.max_grad_norm}
     return Optimizer(model, world, **options)
+
+
+def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
+    """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
+    options = {"scalar_head": scalar_head, "seed": config.seed}
+    return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
+
+
+def divided(model: nn.Module, tokenizer, config, world: World) -> nn.Module:
+    """A model that each process has the whole of, the embedded default's, as the mesh wants it."""
+    if not world.divides:
+        return model
+    with tempfile.TemporaryDirectory() as folder:  # it is small: by way of a file, as all others come
+        checkpoint.save(model, tokenizer, folder)
+        return load_model(config, world, folder, model.score is not None)[0]
 
 
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
