@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = training.optimizer_of(policy, config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    given = experience.inputs(config, policy, rows, eval_rows)
+    given = experience.inputs(config, policy, rows, eval_rows, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
     for name, parameter in reference.named_parameters() if mixture else ():
         parameter.copy_(mixture[name])

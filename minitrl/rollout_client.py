@@ -26,9 +26,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from . import data, lora, transfer
-from .distributed import World, with_mesh
-from .model import Model
+from . import checkpoint, data, lora, transfer
+from .distributed import ALONE, World, with_mesh
 from .packing import pack_groups
 from .rollout import Completion, Engine
 
@@ -42,26 +41,27 @@ def engine_of(config, policy, tokenizer, world: World):
     if config.rollout_server:
         return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
     options = {"max_batch": config.rollout_batch_size, "cache_gib": config.rollout_cache_gib}
-    R = config.rollout_tensor or world.tensor.size
-    if world.shard.size == 1 and world.tensor.size == R:
+    slices = config.rollout_tensor or world.tensor.size
+    if world.shard.size == 1 and world.tensor.size == slices:
         return Engine(policy, tokenizer, **options)
-    mesh = with_mesh(world, (world.size // R, 1, R), config.timeout)
-    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), mesh, **options)
+    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, slices, config.timeout, **options)
 
 
 class OwnEngine(Engine):
-    """Samples from `policy` by a model of its own, which is divided in another way: by `world.tensor`, and not at all
-    where that is one process. All of `world` call `generate` at the same places: first the weights are brought over."""
+    """Samples from `policy` by a model of its own, one to every `slices` processes, whatever divides the policy.
 
-    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, **options):
-        with torch.device("meta"):
-            model = Model(policy.config, tensor=world.tensor).to(dtype)
-        super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
-        self.policy, self.world = policy, world
+    All of `world` call `generate` at the same places: it brings the policy's weights over first.
+    """
+
+    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, slices: int, timeout_s: float, **options):
+        mesh = with_mesh(world, (world.size // slices, 1, slices), timeout_s)
+        model = checkpoint.empty(policy.config, dtype, world.device, mesh)
+        super().__init__(model, tokenizer, deterministic=policy.deterministic, **options)
+        self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, slices)
 
     def generate(self, *arguments, **options) -> list[list[Completion]]:
         """As `Engine.generate`."""
-        transfer.reshard(self.world, self.policy, self.model)
+        self.route.carry(*(dict(model.named_parameters()) for model in (self.policy, self.model)), self.dtype)
         return super().generate(*arguments, **options)
 
 
@@ -125,7 +125,7 @@ class RemoteEngine:
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
-        self.tensor = World(0, 1, world.device)  # each process asks for itself
+        self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:

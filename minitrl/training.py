@@ -13,7 +13,6 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 """
 
 import math
-import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, lora, runs
-from .distributed import World, any_true, sum_
+from .distributed import World, any_true, local, sum_
+from .layout import same_everywhere
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -39,6 +39,9 @@ class Optimizer:
     float32 master, which AdamW updates and which is then rounded into the parameter. The parameters of a float32 or
     float64 model are their own masters. Gradients, too, add up in float32: a hook moves each parameter's bfloat16
     gradient over as soon as backward has made it, so that the bfloat16 gradients never stand in memory together.
+
+    Of a model that is divided (distributed.divide, Model's `tensor`) each process has the masters of its own part:
+    FSDP2's parameters are float32 then. FSDP2 has summed their gradients over world.data before `step`.
 
     Norms' weights and biases (one dimension) get no weight decay. `max_grad_norm=0` does not clip.
     """
@@ -58,8 +61,13 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
+        self._divided = world.shard.size > 1  # by FSDP2
+        slices = [(f"{path}.", m) for path, m in model.named_modules() if world.tensor.size > 1 and hasattr(m, "shares")]
+        self._shares = {f"{path}{name}".lstrip(".") for path, m in slices for name in m.shares()}
         for name, p in self.parameters.items():
-            if p.dtype in (torch.float32, torch.float64):
+            if self._divided:
+                self.masters[name] = local(p.detach())
+            elif p.dtype in (torch.float32, torch.float64):
                 self.masters[name] = p
             else:
                 self.masters[name] = p.detach().float()
@@ -82,8 +90,10 @@ class Optimizer:
         norm; all processes see the same sum, so all raise.
         """
         grads = self._take_gradients()
-        sum_(grads, self.world)
-        norm = nn.utils.get_total_norm(grads)
+        if not self._divided:
+            sum_(grads, self.world.data)
+        sum_([grad for name, grad in zip(self.masters, grads) if name in self._shares], self.world.tensor)
+        norm = self._norm(grads)
         if not math.isfinite(norm.item()):
             raise NotFinite(f"the gradient's norm is {norm.item()}")
         scale = self.max_grad_norm / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s own epsilon
@@ -101,6 +111,18 @@ class Optimizer:
             adapters.updates += 1
         self.whole = True
         return norm.item()
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of the whole model's gradient."""
+        world = self.world
+        if world.shard.size == world.tensor.size == 1:
+            return nn.utils.get_total_norm(grads)
+        once = [world.tensor.rank == 0 or not same_everywhere(name) for name in self.masters]
+        squares = [grad.double().square().sum() for grad, counts in zip(grads, once) if counts]
+        square = torch.stack(squares).sum()
+        sum_([square], world.shard)
+        sum_([square], world.tensor)
+        return square.sqrt()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step."""
@@ -155,7 +177,10 @@ class Optimizer:
         """The step's gradients in the masters' dtypes and order, handed over: nothing keeps them behind."""
         grads = []
         for name, p in self.parameters.items():
-            grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
+            if self._divided:
+                grad = None if p.grad is None else local(p.grad)
+            else:
+                grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
             p.grad = None
             grads.append(torch.zeros_like(self.masters[name]) if grad is None else grad)
         return grads
@@ -164,7 +189,7 @@ class Optimizer:
     def _round_masters(self) -> None:
         """Write the masters into the parameters that are not their own."""
         for name, p in self.parameters.items():
-            if self.masters[name] is not p:
+            if self.masters[name] is not p and not self._divided:
                 p.copy_(self.masters[name])
 
 
@@ -224,17 +249,13 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
 
 def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
     """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
-    options = {"scalar_head": scalar_head, "seed": config.seed}
+    options = {"scalar_head": scalar_head, "seed": config.seed, "world": world, "cpu_offload": config.cpu_offload}
     return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
 
 
-def divided(model: nn.Module, tokenizer, config, world: World) -> nn.Module:
-    """A model that each process has the whole of, the embedded default's, as the mesh wants it."""
-    if not world.divides:
-        return model
-    with tempfile.TemporaryDirectory() as folder:  # it is small: by way of a file, as all others come
-        checkpoint.save(model, tokenizer, folder)
-        return load_model(config, world, folder, model.score is not None)[0]
+def fingerprint(model: nn.Module, config, world: World) -> str:
+    """`checkpoint.fingerprint`, the same on every mesh."""
+    return checkpoint.fingerprint(model, world, getattr(torch, config.dtype))
 
 
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
@@ -282,7 +303,7 @@ def fit(
     state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
-    run.begin(checkpoint.fingerprint(model))
+    run.begin(fingerprint(model, config, world))
 
     def checkpoint_now() -> None:
         run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
