@@ -62,8 +62,8 @@ class Optimizer:
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
         self._divided = world.shard.size > 1  # by FSDP2
-        slices = [(f"{path}.", m) for path, m in model.named_modules() if world.tensor.size > 1 and hasattr(m, "shares")]
-        self._shares = {f"{path}{name}".lstrip(".") for path, m in slices for name in m.shares()}
+        models = [(f"{path}.".lstrip("."), m) for path, m in model.named_modules() if hasattr(m, "shares")]
+        self._shares = {path + name for path, m in models for name in m.shares() if world.tensor.size > 1}
         for name, p in self.parameters.items():
             if self._divided:
                 self.masters[name] = local(p.detach())
