@@ -29,6 +29,7 @@ from torch import Tensor
 from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse
 from .rollout import context_length
+from .state import load_state, save_state
 
 
 @dataclass
@@ -121,7 +122,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
     name = hashlib.sha256("".join(key.values()).encode()).hexdigest()[:16]
     folder = f"{config.reference_cache or f'{config.output_dir}/reference'}/{name}"
     try:
-        found = checkpoint.load_state(folder)
+        found = load_state(folder)
     except ValueError as error:
         distributed.print0(run.world, f"reference: computed again, since {error}")
         found = None
@@ -132,7 +133,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
         logprobs_N2 = score(policy, rows, config, run.world)
     if run.world.rank == 0:
         try:
-            checkpoint.save_state(folder, 0, {"reference": {"logprobs": logprobs_N2}}, key)
+            save_state(folder, 0, {"reference": {"logprobs": logprobs_N2}}, key)
         except OSError as error:  # another run on the same folder, or no room: the next one computes them again
             print(f"reference: its log-probs are not kept: {error}", flush=True)
     return logprobs_N2

@@ -479,7 +479,7 @@ def save(run, step: int, cursor: int, rollouts: Rollouts | None, known: dict[str
     if rollouts is not None:
         tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
         tensors["known"] = known
-    run.save(step, tensors, {"cursor": cursor})
+    run.save(step, tensors, {"cursor": cursor}, optimizer.held)
 
 
 @torch.no_grad()
@@ -488,7 +488,7 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
 
     The optimizer, and with it the models, and the tensors in `more` are put back in place.
     """
-    step, tensors, state = run.load(total, given) or (0, {}, {"cursor": 0})
+    step, tensors, state = run.load(total, given, optimizer.held) or (0, {}, {"cursor": 0})
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():
