@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from . import checkpoint, data, lora, transfer
+from . import data, lora, transfer
 from .distributed import ALONE, World, with_mesh
+from .model import Model
 from .packing import pack_groups
 from .rollout import Completion, Engine
 
@@ -41,27 +42,26 @@ def engine_of(config, policy, tokenizer, world: World):
     if config.rollout_server:
         return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
     options = {"max_batch": config.rollout_batch_size, "cache_gib": config.rollout_cache_gib}
-    slices = config.rollout_tensor or world.tensor.size
-    if world.shard.size == 1 and world.tensor.size == slices:
+    R = config.rollout_tensor or world.tensor.size
+    if world.shard.size == 1 and world.tensor.size == R:
         return Engine(policy, tokenizer, **options)
-    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, slices, config.timeout, **options)
+    mesh = with_mesh(world, (world.size // R, 1, R), config.timeout)
+    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, mesh.tensor, **options)
 
 
 class OwnEngine(Engine):
-    """Samples from `policy` by a model of its own, one to every `slices` processes, whatever divides the policy.
+    """Samples from `policy` by a model of its own, which is divided otherwise: by `tensor`, and not at all where that is
+    one process. All of `world` call `generate` at the same places: first the weights are brought over."""
 
-    All of `world` call `generate` at the same places: it brings the policy's weights over first.
-    """
-
-    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, slices: int, timeout_s: float, **options):
-        mesh = with_mesh(world, (world.size // slices, 1, slices), timeout_s)
-        model = checkpoint.empty(policy.config, dtype, world.device, mesh)
-        super().__init__(model, tokenizer, deterministic=policy.deterministic, **options)
-        self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, slices)
+    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, tensor: World, **options):
+        with torch.device("meta"):
+            model = Model(policy.config, tensor).to(dtype)
+        super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
+        self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, tensor.size)
 
     def generate(self, *arguments, **options) -> list[list[Completion]]:
         """As `Engine.generate`."""
-        self.route.carry(*(dict(model.named_parameters()) for model in (self.policy, self.model)), self.dtype)
+        self.route.carry(dict(lora.merged(self.policy)), dict(self.model.named_parameters()), self.dtype)
         return super().generate(*arguments, **options)
 
 

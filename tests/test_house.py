@@ -32,7 +32,7 @@ ARROWS = {
     "state": {"disk", "distributed", "layout", "tokenizer"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "checkpoint"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "model"},
     "transfer": {"distributed", "layout"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
