@@ -50,8 +50,8 @@ def engine_of(config, policy, tokenizer, world: World):
 
 
 class OwnEngine(Engine):
-    """Samples from `policy` by a model of its own, which is divided otherwise: by `tensor`, and not at all where that is
-    one process. All of `world` call `generate` at the same places: first the weights are brought over."""
+    """Samples from `policy` by a model of its own, which is divided otherwise: by `tensor`, and not at all where that
+    is one process. All of `world` call `generate` at the same places: first the weights are brought over."""
 
     def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, tensor: World, **options):
         with torch.device("meta"):
