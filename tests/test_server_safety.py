@@ -536,7 +536,7 @@ def test_a_trainer_that_dies_amid_an_update_leaves_the_old_weights(server, bucke
     thread = threading.Thread(target=lambda: got.append(ask(server.url, "/weights/update", body)))
     thread.start()
     changed = {name: tensor + 1 for name, tensor in server.worker.tensors.items()}
-    for piece in list(transfer._buckets(changed, transfer.BUCKET))[:buckets]:
+    for piece in list(transfer._stream(changed, transfer.BUCKET))[:buckets]:
         bridge.finish(bridge.broadcast(piece), "sending")
     bridge.close()
     thread.join()

@@ -116,7 +116,7 @@ def test_a_sender_that_dies_leaves_the_old(buckets):
     old = tensors(2)
 
     def dying(bridge):
-        for piece in list(transfer._buckets(tensors(1), 4096))[:buckets]:
+        for piece in list(transfer._stream(tensors(1), 4096))[:buckets]:
             bridge.finish(bridge.broadcast(piece), "sending")
         bridge.close()
 
@@ -143,7 +143,7 @@ def test_a_sender_that_hangs_ends_in_time():
 
 def test_a_changed_bit_is_noticed():
     def liar(bridge):
-        for piece in transfer._buckets(tensors(1), transfer.BUCKET):
+        for piece in transfer._stream(tensors(1), transfer.BUCKET):
             bridge.finish(bridge.broadcast(piece), "sending")
         bridge.finish(bridge.broadcast(torch.zeros(32, dtype=torch.uint8)), "sending")
 
