@@ -1,15 +1,19 @@
-"""Weights from a trainer to rollout workers that another launcher started: over a process group of their own.
+"""Weights from the processes that train to those that sample, however each divides them.
 
-A default process group cannot be joined from outside, and it dies whole when one of its processes does. So trainer and
-worker meet at a store that the trainer keeps and make a group beside it, the *bridge*: gloo between CPUs, NCCL between
-GPUs. A generation number and a secret, which the worker gets over HTTP, name each meeting, so that who is late for one
-that has failed does not stumble into the next.
+What a process holds is rectangles of the checkpoint's tensors (layout.py). `moves` intersects the trainers' with the
+samplers': who sends which rectangle to whom. Each pair's rectangles are a stream of its own, point to point, cut into
+buckets; no process ever holds more than what it has and what it gets.
 
-    worker's tensors  ->  describe -> checked by both sides before the first byte
-    trainer's bytes   ->  [ bucket ][ bucket ][ buc ][ digest ]  ->  staging memory  ->  digest equal?  ->  install
+    trainer 0  [ rows 0-9 of q ][ rows 0-9 of k ] ...  -- bucket, bucket, digest ->  sampler 0, 1: their columns, rows
+    trainer 1  [ rows 10-19 of q ] ...                 -- bucket, bucket, digest ->  sampler 0, 1
 
-All tensors are one stream of bytes in the order of their names, and a bucket is so many bytes of it, wherever tensors
-begin and end. Until the digest has come and agrees the worker's weights are untouched: what is torn is thrown away.
+Within one world that is all (`within`). Samplers that another launcher started cannot join its process group, and a
+group dies whole when one of its processes does. So they meet the trainers at a store that one trainer keeps, and make a
+group beside the others, the *bridge*: gloo between CPUs, NCCL between GPUs. A generation number and a secret, which
+the samplers get over HTTP, name each meeting, so that who is late for one that has failed does not stumble into the
+next. What comes over a bridge goes to staging memory; only when all of it has come everywhere, and every pair's digests
+agree, it is installed. What is torn is thrown away.
+
 Nothing but raw bytes travels, and nothing is unpickled; a store and a group listen on the one address that was given,
 never on all.
 """
@@ -29,12 +33,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import World, _named
+from .distributed import World, _named, gather_json
 from .layout import Box, Place, boxes, common
 
-BUCKET = 16 * 2**20  # bytes
+BUCKET = 4 * 2**20  # bytes
 MEET_SECONDS = 60.0  # the keeper of a store has it before others hear of it: who is not there by then will not be
-ALIGN = 16  # each tensor begins at a multiple of so many bytes, so that the staging memory can be viewed as it
 
 
 class Link:
@@ -77,12 +80,7 @@ class Bridge(Link):
         self.world = World(rank, size, torch.device(device))
         self.generation, self.timeout = generation, timedelta(seconds=timeout_s)
         with _named(f"meeting at {host}:{port}, generation {generation}", self.world):
-            # A store that is only told a port listens on every interface; one that gets a socket, where that is bound.
-            given = {"is_master": False} if listener is None else {"is_master": True}
-            if listener is not None:
-                given["master_listen_fd"] = listener.detach()
-            patience = min(self.timeout, timedelta(seconds=MEET_SECONDS))
-            self.store = dist.TCPStore(host, port, None, timeout=patience, wait_for_workers=False, **given)
+            self.store = store_at(host, port, listener, min(timeout_s, MEET_SECONDS))
             store = dist.PrefixStore(f"bridge/{generation}/{secret}", self.store)
             store.set(f"here/{rank}", "")
             deadline = time.monotonic() + timeout_s
@@ -106,11 +104,23 @@ class Bridge(Link):
         with _named("starting a broadcast", self.world):
             return [self.group.broadcast(tensor, root)]
 
+    def agree(self, what: str) -> None:
+        """Wait until all have come this far; who fails instead closes the bridge, and so fails the others."""
+        with _named(what, self.world):
+            self.finish([self.group.allreduce([torch.zeros(1, device=self.world.device)])], what)
+
     def close(self) -> None:
         """Leave; a peer that waits in a broadcast learns it at once."""
         with suppress(RuntimeError, AttributeError):
             self.group.abort()
         self.group = self.store = None
+
+
+def store_at(host: str, port: int, listener: socket.socket | None, timeout_s: float) -> dist.TCPStore:
+    """A store, kept by the process that has the listening socket; the others connect to it."""
+    # One that is only told a port listens on every interface; one that gets a socket, where that is bound.
+    given = {} if listener is None else {"is_master": True, "master_listen_fd": listener.detach()}
+    return dist.TCPStore(host, port, None, timeout=timedelta(seconds=timeout_s), wait_for_workers=False, **given)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
@@ -135,74 +145,64 @@ def local_address(host: str, port: int) -> str:
         return probe.getsockname()[0]
 
 
-def describe(tensors: dict[str, Tensor]) -> list[list]:
-    """[[name, dtype, shape], ...] in the order of the stream, as JSON has it."""
-    return [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors.items())]
+def describe(config, dtype: torch.dtype) -> list[list]:
+    """[[tensor's name in a checkpoint, dtype, [rows, columns]], ...] of a model, as JSON has it."""
+    return [[box.tensor, str(dtype).removeprefix("torch."), list(box.shape)] for box in boxes(config)]
 
 
-def check(described, tensors: dict[str, Tensor]) -> None:
-    """ValueError naming the first tensor in which a description differs from `tensors`."""
-    ours = {name: [dtype, shape] for name, dtype, shape in describe(tensors)}
-    theirs = {}
-    for entry in described if isinstance(described, list) else [described]:
-        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)) or entry[0] in theirs:
+def check(theirs, ours: list[list]) -> None:
+    """ValueError naming the first tensor in which another's description differs from ours."""
+    found = {}
+    for entry in theirs if isinstance(theirs, list) else [theirs]:
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)) or entry[0] in found:
             raise ValueError(f"tensors: each once as [name, dtype, shape], not {str(entry)[:80]}")
-        theirs[entry[0]] = entry[1:]
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            ours_is, theirs_is = (" ".join(map(str, side.get(name, ["absent"]))) for side in (ours, theirs))
+        found[entry[0]] = entry[1:]
+    expected = {name: rest for name, *rest in ours}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            ours_is, theirs_is = (" ".join(map(str, side.get(name, ["absent"]))) for side in (expected, found))
             raise ValueError(f"tensor {name[:200]} is {theirs_is[:100]} there and {ours_is} here")
 
 
-def send(bridge: Bridge, tensors: dict[str, Tensor], bucket: int = BUCKET) -> str:
-    """Send from this rank to all others, who `receive`; returns the digest. One bucket is filled as another travels."""
-    sums, flying = hashlib.sha256(), None
-    for number, piece in enumerate(_stream(tensors, bucket), 1):
-        work = bridge.broadcast(piece, bridge.world.rank)
-        _fold(sums, piece)
-        if flying:
-            bridge.finish(flying, f"sending bucket {number - 1} of the weights")
-        flying = work
-    bridge.finish(flying, "sending the last bucket of the weights")
-    final = torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(bridge.world.device)
-    bridge.finish(bridge.broadcast(final, bridge.world.rank), "sending the weights' digest")
-    return sums.hexdigest()
+def send(route: "Route", tensors: dict[str, Tensor], dtype: torch.dtype, bucket: int = BUCKET) -> None:
+    """Send what others want of this process's parameters; on return all have it, and verified it."""
+    route.carry(tensors, {}, dtype, verify=True, bucket=bucket)
+    route.link.agree("waiting until all have verified the weights")
 
 
-def receive(bridge: Bridge, tensors: dict[str, Tensor], root: int = 0, bucket: int = BUCKET):
-    """(new tensors by name, digest) of what rank `root` sends, in memory of their own, whole and verified.
+def receive(route: "Route", like: dict[str, Tensor], bucket: int = BUCKET) -> dict[str, Tensor]:
+    """New tensors by name, whole and verified, as `like` has them, which is left as it is: `install` puts them there.
 
-    `tensors` says what to expect and is left as it is: `install` puts the new ones there. ConnectionError where the
-    sender is gone or late, or the digest is another: then nothing has happened.
+    ConnectionError where a sender is gone or late, or a digest is another, here or with another receiver.
     """
-    places, total = _places(tensors)
-    flat, sums = torch.empty(total, dtype=torch.uint8, device=bridge.world.device), hashlib.sha256()
-    for number, piece in enumerate(flat.split(bucket), 1):
-        bridge.finish(bridge.broadcast(piece, root), f"receiving bucket {number} of the weights")
-        _fold(sums, piece)
-    final = torch.empty(32, dtype=torch.uint8, device=bridge.world.device)
-    bridge.finish(bridge.broadcast(final, root), "receiving the weights' digest")
-    with _named("verifying the weights", bridge.world):
-        if bytes(final.tolist()) != sums.digest():
-            raise RuntimeError(f"their digest is {sums.hexdigest()}, not what the sender says; nothing was installed")
-    new = {name: flat[a:b].view(tensors[name].dtype).view(tensors[name].shape) for name, (a, b) in places.items()}
-    return new, sums.hexdigest()
+    new = {name: torch.empty_like(tensor) for name, tensor in like.items()}
+    route.carry({}, new, next(iter(like.values())).dtype, verify=True, bucket=bucket)
+    route.link.agree("waiting until all have verified the weights")
+    return new
 
 
 @torch.no_grad()
 def install(new: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Copy a whole set in place, so that whoever holds the old tensors holds the new ones."""
-    check(describe(new), tensors)
+    for name in new.keys() | tensors.keys():
+        if name not in new or name not in tensors or new[name].shape != tensors[name].shape:
+            raise ValueError(f"tensor {name} is not in both sets, or of two shapes")
     for name, tensor in new.items():
         tensors[name].copy_(tensor)
 
 
-def digest(tensors: dict[str, Tensor], bucket: int = BUCKET) -> str:
-    """64 hexadecimal digits that change with any bit: what `send` and `receive` return of the same tensors."""
+def digest(tensors: dict[str, Tensor], world: World | None = None, bucket: int = BUCKET) -> str:
+    """64 hexadecimal digits that change with any bit, of this process's parameters; with a world, of all its mesh's."""
     sums = hashlib.sha256()
-    for piece in _stream(tensors, bucket):
-        _fold(sums, piece)
-    return sums.hexdigest()
+    for name, tensor in sorted(tensors.items()):
+        sums.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        for piece in _local(tensor).detach().contiguous().view(-1).view(torch.uint8).split(bucket):
+            _fold(sums, piece)
+    found = sums.hexdigest()
+    for part in (world.shard, world.tensor) if world else ():
+        if part.size > 1:
+            found = hashlib.sha256("".join(gather_json(found, part)).encode()).hexdigest()
+    return found
 
 
 def _fold(sums, piece: Tensor) -> None:
@@ -214,34 +214,6 @@ def _fold(sums, piece: Tensor) -> None:
 
 def _as_tensor(sums, link: Link) -> Tensor:
     return torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(link.world.device)
-
-
-def _places(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Each tensor's first and last byte in the stream, by name in order, and the stream's length."""
-    places, end = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        size = tensor.numel() * tensor.element_size()
-        places[name] = (end, end + size)
-        end += math.ceil(size / ALIGN) * ALIGN
-    return places, end
-
-
-def _stream(tensors: dict[str, Tensor], size: int) -> Iterator[Tensor]:
-    """The stream in buckets, by turns in two buffers: one is good until the next but one is asked for."""
-    places, total = _places(tensors)
-    device = next(iter(tensors.values())).device
-    buffers, waiting = [torch.zeros(min(size, total), dtype=torch.uint8, device=device) for _ in range(2)], list(places)
-    for number, start in enumerate(range(0, total, size)):
-        piece = buffers[number % 2][: min(size, total - start)].zero_()
-        for name in list(waiting):
-            a, b = places[name]
-            if a >= start + len(piece):
-                break
-            data = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
-            piece[max(a - start, 0) : b - start].copy_(data[max(start - a, 0) : start + len(piece) - a])
-            if b <= start + len(piece):
-                waiting.remove(name)
-        yield piece
 
 
 @dataclass(frozen=True)
@@ -374,18 +346,30 @@ class Route:
                     raise RuntimeError(f"their digest is not the one that rank {rank} sent")
 
 
-def within(world: World, config, tensors: int) -> Route:
-    """From a mesh's parameters to models of tensor size `tensors`, one to each so many ranks of the same world."""
-    shards, slices = world.shard.size, world.tensor.size
-    sources = [boxes(config, Place(rank // slices % shards, shards, rank % slices, slices)) for rank in range(world.size)]
-    targets = [boxes(config, Place(tensor=rank % tensors, tensors=tensors)) for rank in range(world.size)]
-    return Route(Link(world, world.group or dist.group.WORLD), sources, targets, colocated=True)
+def within(world: World, config, slices: int) -> Route:
+    """From a mesh's parameters to models of tensor size `slices`, one to each so many ranks of the same world."""
+    mesh = _all_boxes(config, world.shard.size, world.tensor.size) * world.replicate.size
+    models = _all_boxes(config, 1, slices) * (world.size // slices)
+    return Route(Link(world, world.group or dist.group.WORLD), mesh, models, colocated=True)
+
+
+def between(bridge: Bridge, config, mesh: tuple[int, int], slices: int) -> Route:
+    """From a trainer's mesh of (shard, tensor) to one model of tensor size `slices`."""
+    return Route(bridge, _all_boxes(config, *mesh), _all_boxes(config, 1, slices))
+
+
+def _all_boxes(config, shards: int, slices: int) -> list[list[Box]]:
+    return [boxes(config, Place(s, shards, t, slices)) for s in range(shards) for t in range(slices)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of a parameter: of FSDP2's its shard."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _part(tensors: dict[str, Tensor], box: Box, move: Move) -> Tensor:
     """A view of a move's elements within the parameter that holds them."""
-    whole = tensors[box.parameter]
-    local = whole.to_local() if hasattr(whole, "to_local") else whole
+    local = _local(tensors[box.parameter])
     local = local if local.dim() == 2 else local[:, None]
     if len(local) < box.at + box.shape[0] or local.shape[1] != box.shape[1]:
         raise ValueError(f"{box.parameter} is {list(local.shape)} here, too small for {list(box.shape)} at row {box.at}")
