@@ -18,6 +18,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .model import Model, ModelConfig, hf_tensors, with_scalar_head
+from .distributed import ALONE, World, divide, local
+from .layout import Place, boxes, hf_tensors, place_of
+from .model import Model, ModelConfig, fill_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -37,11 +40,14 @@ STATE_FORMAT, STATE_VERSION = "minitrl state", 1
 
 
 def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: bool = False,
-         seed: int = 0) -> tuple[Model, Tokenizer]:
+         seed: int = 0, world: World = ALONE, cpu_offload: bool = False) -> tuple[Model, Tokenizer]:
     """The model and tokenizer of a Hugging Face folder, or of a model on the Hub ("owner/name").
 
     With scalar_head, a reward or value model: XForSequenceClassification of one label as it is, or XForCausalLM with
     its head replaced by a fresh one, which follows from the seed alone. Without, only XForCausalLM is opened.
+
+    Each process of `world` reads its own part alone (world.shard, world.tensor); see `divide` for what FSDP2 makes of
+    `dtype` and `cpu_offload`.
 
     Everything is checked against config.json before memory is taken: ValueError names the file, and each tensor that
     is missing, unknown, misshapen or of a type that is not plain floating point.
@@ -66,11 +72,23 @@ def load(source, dtype: torch.dtype = torch.float32, device="cpu", scalar_head: 
                          f"but the model's vocab_size is {config.vocab_size}")
     files = _weight_files(folder)
     _check_tensors(files, config, folder)
+    fresh = scalar_head and not config.scalar_head
+    if fresh:
+        config = replace(config, scalar_head=True)
+    model = empty(config, dtype, device, world, cpu_offload)
+    _fill(model, files, place_of(world))
+    if fresh:
+        fill_scalar_head(model, seed)
+    return model, tokenizer
+
+
+def empty(config: ModelConfig, dtype: torch.dtype, device="cpu", world: World = ALONE, cpu_offload=False) -> Model:
+    """This process's part of a model, with parameters that nobody has filled yet."""
     with torch.device("meta"), _Uninitialised():
-        model = Model(config)
-    model.to(dtype).to_empty(device=device)
-    _fill(model, files)
-    return with_scalar_head(model, seed) if scalar_head and not config.scalar_head else model, tokenizer
+        model = Model(config, world.tensor)
+    model.to(torch.promote_types(dtype, torch.float32) if world.shard.size > 1 else dtype)
+    divide(model, world, dtype, cpu_offload)
+    return model.to_empty(device="cpu" if cpu_offload else device)
 
 
 def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None,
@@ -216,14 +234,37 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _fill(model: Model, files: dict[str, list[Path]]) -> None:
-    """Copy every tensor into its rows of our parameter, one file open at a time so that its pages can go again."""
-    places, parameters = hf_tensors(model.config), dict(model.named_parameters())
+def _fill(model: Model, files: dict[str, list[Path]], place: Place) -> None:
+    """Copy this process's part of every tensor into its rows of our parameter.
+
+    One file is open at a time so that its pages can go again.
+    """
+    mine = {box.tensor: box for box in boxes(model.config, place)}
+    parameters = {name: local(p) for name, p in model.named_parameters()}
     for path in sorted({path for paths in files.values() for path in paths}):
         with opened(path) as tensors:
-            for name in set(tensors.keys()) & set(places):
-                parameter, rows, _ = places[name]
-                parameters[parameter][rows or slice(None)].copy_(tensors.get_tensor(name))
+            for name in set(tensors.keys()) & set(mine):
+                box, header = mine[name], tensors.get_slice(name)
+                shape = header.get_shape()
+                if box.shape == (shape[0], *(shape[1:] or [1])):
+                    part = tensors.get_tensor(name)  # mapped: a slice is a copy
+                else:
+                    part = header[slice(*box.rows), slice(*box.columns)] if len(shape) > 1 else header[slice(*box.rows)]
+                parameters[box.parameter][box.at : box.at + len(part)].copy_(part)
+
+
+@torch.no_grad()
+def divided(model: Model, dtype: torch.dtype, world: World, cpu_offload: bool = False) -> Model:
+    """This process's part of a model that it holds whole; the model itself where there is nothing to divide."""
+    if world.shard.size == world.tensor.size == 1:
+        return model
+    part = empty(model.config, dtype, world.device, world, cpu_offload)
+    theirs, ours = dict(model.named_parameters()), {name: local(p) for name, p in part.named_parameters()}
+    whole = {box.tensor: box for box in boxes(model.config)}
+    for box in boxes(model.config, place_of(world)):
+        data = theirs[box.parameter][whole[box.tensor].at :][slice(*box.rows)]
+        ours[box.parameter][box.at : box.at + len(data)] = data[:, slice(*box.columns)] if data.dim() > 1 else data
+    return part
 
 
 def _is_model_file(path: Path) -> bool:

@@ -64,6 +64,9 @@ class World:
         return self.parts.get("tensor", World(0, 1, self.device))
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -> World:
     """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.
 
@@ -136,6 +139,47 @@ def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> Wor
             group, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_s))
         parts[name] = World(mine.index(world.rank), len(mine), world.device, group)
     return World(world.rank, world.size, world.device, None, parts)
+
+
+def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -> None:
+    """Divide a model's parameters over world.shard, by FSDP2: each block's, and those around the blocks.
+
+    A block's are gathered, in `dtype`, as its forward and backward pass need them; gradients are summed over world.data
+    in float32 (float64 for a float64 model), not averaged, and each process keeps those of its own part. `cpu_offload`
+    keeps parameters, gradients and so the optimizer in the CPU's memory.
+    """
+    if world.shard.size == 1:
+        return
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method,
+    )  # fmt: skip
+
+    ranks = torch.arange(world.size).view(-1, world.shard.size, world.tensor.size)[:, :, world.tensor.rank]
+    if world.replicate.size > 1:
+        names, groups, ranks = ("replicate", "shard"), [world.replicate.group, world.shard.group], ranks.tolist()
+    else:
+        names, groups, ranks = ("shard",), world.shard.group, None
+    mesh = DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=names)
+    kept, rounded = OffloadPolicy(), MixedPrecisionPolicy()
+    if cpu_offload:
+        kept = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    if dtype.itemsize < 4:
+        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": rounded, "offload_policy": kept}
+    for block in model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in (model, *model.layers):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for method in ("logprobs", "logprob_sum", "values", "logits"):
+        register_fsdp_forward_method(model, method)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter or gradient that FSDP2 has divided, in the same memory; else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def stop() -> None:

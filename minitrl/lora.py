@@ -36,7 +36,8 @@ from . import checkpoint, runs
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from .config import parse
 from .distributed import World, print0
-from .model import Linear, Model, hf_tensors
+from .layout import hf_tensors
+from .model import Linear, Model
 from .tokenizer import Tokenizer, read_json, write_json
 
 MERSENNE = 2**31 - 1  # a product of two numbers below it fits into int64

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, lora, runs
-from .distributed import World, any_true, sum_
+from .distributed import World, any_true, local, sum_
+from .layout import same_everywhere
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -38,6 +39,9 @@ class Optimizer:
     float32 master, which AdamW updates and which is then rounded into the parameter. The parameters of a float32 or
     float64 model are their own masters. Gradients, too, add up in float32: a hook moves each parameter's bfloat16
     gradient over as soon as backward has made it, so that the bfloat16 gradients never stand in memory together.
+
+    Of a model that is divided (distributed.divide, Model's `tensor`) each process has the masters of its own part:
+    FSDP2's parameters are float32 then. FSDP2 has summed their gradients over world.data before `step`.
 
     Norms' weights and biases (one dimension) get no weight decay. `max_grad_norm=0` does not clip.
     """
@@ -57,8 +61,12 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
+        self._divided = world.shard.size > 1  # by FSDP2
+        self._shares = model.shares() if world.tensor.size > 1 else set()
         for name, p in self.parameters.items():
-            if p.dtype in (torch.float32, torch.float64):
+            if self._divided:
+                self.masters[name] = local(p.detach())
+            elif p.dtype in (torch.float32, torch.float64):
                 self.masters[name] = p
             else:
                 self.masters[name] = p.detach().float()
@@ -81,8 +89,10 @@ class Optimizer:
         norm; all processes see the same sum, so all raise.
         """
         grads = self._take_gradients()
-        sum_(grads, self.world)
-        norm = nn.utils.get_total_norm(grads)
+        if not self._divided:
+            sum_(grads, self.world.data)
+        sum_([grad for name, grad in zip(self.masters, grads) if name in self._shares], self.world.tensor)
+        norm = self._norm(grads)
         if not math.isfinite(norm.item()):
             raise NotFinite(f"the gradient's norm is {norm.item()}")
         scale = self.max_grad_norm / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s own epsilon
@@ -100,6 +110,18 @@ class Optimizer:
             adapters.updates += 1
         self.whole = True
         return norm.item()
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of the whole model's gradient."""
+        world = self.world
+        if world.shard.size == world.tensor.size == 1:
+            return nn.utils.get_total_norm(grads)
+        once = [world.tensor.rank == 0 or not same_everywhere(name) for name in self.masters]
+        squares = [grad.double().square().sum() for grad, counts in zip(grads, once) if counts]
+        square = torch.stack(squares).sum()
+        sum_([square], world.shard)
+        sum_([square], world.tensor)
+        return square.sqrt()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step."""
@@ -154,7 +176,10 @@ class Optimizer:
         """The step's gradients in the masters' dtypes and order, handed over: nothing keeps them behind."""
         grads = []
         for name, p in self.parameters.items():
-            grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
+            if self._divided:
+                grad = None if p.grad is None else local(p.grad)
+            else:
+                grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
             p.grad = None
             grads.append(torch.zeros_like(self.masters[name]) if grad is None else grad)
         return grads
@@ -163,7 +188,7 @@ class Optimizer:
     def _round_masters(self) -> None:
         """Write the masters into the parameters that are not their own."""
         for name, p in self.parameters.items():
-            if self.masters[name] is not p:
+            if self.masters[name] is not p and not self._divided:
                 p.copy_(self.masters[name])
 
 

@@ -17,7 +17,8 @@ from test_tokenizer import byte_tokenizer
 
 import minitrl
 from minitrl import checkpoint
-from minitrl.model import Model, ModelConfig, hf_tensors
+from minitrl.layout import hf_tensors
+from minitrl.model import Model, ModelConfig
 from minitrl.tokenizer import Tokenizer, read_json
 
 CONFIG = dict(

@@ -21,15 +21,15 @@ ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
-    "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
+    "training": {"distributed", "layout", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "layout": {"model", "distributed", "kernels"},
-    "checkpoint": {"model", "tokenizer", "layout"},
+    "checkpoint": {"model", "tokenizer", "layout", "distributed"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
-    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
+    "lora": {"model", "layout", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
     "transfer": {"distributed", "layout"},
     "web": {"data"},

@@ -19,7 +19,8 @@ from torch.func import functional_call
 from minitrl import checkpoint, lora, training
 from minitrl.distributed import World
 from minitrl.kernels import linear as linear_file
-from minitrl.model import Linear, hf_tensors
+from minitrl.layout import hf_tensors
+from minitrl.model import Linear
 from minitrl.packing import pack, pack_groups
 from minitrl.rollout import Engine
 
