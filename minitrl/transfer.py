@@ -33,10 +33,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import World, _named, gather_json
+from .distributed import World, _named, gather_json, local
 from .layout import Box, Place, boxes, common
 
 BUCKET = 4 * 2**20  # bytes
+NothingYet = dist.DistStoreError  # a store's wait was over before what was waited for came
 MEET_SECONDS = 60.0  # the keeper of a store has it before others hear of it: who is not there by then will not be
 
 
@@ -191,25 +192,27 @@ def install(new: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         tensors[name].copy_(tensor)
 
 
-def digest(tensors: dict[str, Tensor], world: World | None = None, bucket: int = BUCKET) -> str:
-    """64 hexadecimal digits that change with any bit, of this process's parameters; with a world, of all its mesh's."""
+def digest(tensors: dict[str, Tensor], *worlds: World, bucket: int = BUCKET) -> str:
+    """64 hexadecimal digits that change with any bit of this process's parameters, and of those of its worlds."""
     sums = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sums.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        for piece in _local(tensor).detach().contiguous().view(-1).view(torch.uint8).split(bucket):
+        for piece in local(tensor).detach().contiguous().view(-1).view(torch.uint8).split(bucket):
             _fold(sums, piece)
     found = sums.hexdigest()
-    for part in (world.shard, world.tensor) if world else ():
-        if part.size > 1:
-            found = hashlib.sha256("".join(gather_json(found, part)).encode()).hexdigest()
+    for world in worlds:
+        if world.size > 1:
+            found = hashlib.sha256("".join(gather_json(found, world)).encode()).hexdigest()
     return found
 
 
 def _fold(sums, piece: Tensor) -> None:
     """Hash a bucket by the sums of its 32-bit words over rows and columns of 1024: exact, and as fast as memory."""
-    words = F.pad(piece.view(-1).view(torch.uint8), (0, -piece.nbytes % 4096)).view(torch.int32).view(-1, 1024)
-    for dim in (0, 1):
-        sums.update(words.sum(dim, dtype=torch.int64).cpu().numpy() if piece.is_cuda else words.numpy().sum(dim, "int64"))
+    words = F.pad(piece.view(-1).view(torch.uint8), (0, -piece.nbytes % 4096)).view(torch.int32)
+    for dim in (0, 1) if len(words) else ():
+        table = words.view(-1, 1024)
+        totals = table.sum(dim, dtype=torch.int64).cpu().numpy() if table.is_cuda else table.numpy().sum(dim, "int64")
+        sums.update(totals)
 
 
 def _as_tensor(sums, link: Link) -> Tensor:
@@ -290,8 +293,10 @@ class Route:
                 self.receives.setdefault(source, []).append(move)
 
     @torch.no_grad()
-    def carry(self, source: dict[str, Tensor], target: dict[str, Tensor], dtype: torch.dtype, verify=False, bucket=BUCKET):
-        """Send what others want of `source`, and fill `target`, whose dtype that is, with what they send.
+    def carry(
+        self, source: dict[str, Tensor], target: dict[str, Tensor], dtype: torch.dtype, verify=False, bucket=BUCKET
+    ) -> None:
+        """Send what others want of `source`, cast to dtype, and fill `target`, which has it, with what they send.
 
         Both are this process's parameters by name, of FSDP2's the shard. A bucket of each pair's stream, so many bytes,
         travels as the next is filled.  verify: each pair's digests have to agree in the end.
@@ -362,19 +367,14 @@ def _all_boxes(config, shards: int, slices: int) -> list[list[Box]]:
     return [boxes(config, Place(s, shards, t, slices)) for s in range(shards) for t in range(slices)]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this process has of a parameter: of FSDP2's its shard."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _part(tensors: dict[str, Tensor], box: Box, move: Move) -> Tensor:
     """A view of a move's elements within the parameter that holds them."""
-    local = _local(tensors[box.parameter])
-    local = local if local.dim() == 2 else local[:, None]
-    if len(local) < box.at + box.shape[0] or local.shape[1] != box.shape[1]:
-        raise ValueError(f"{box.parameter} is {list(local.shape)} here, too small for {list(box.shape)} at row {box.at}")
+    whole = local(tensors[box.parameter])
+    whole = whole if whole.dim() == 2 else whole[:, None]
+    if len(whole) < box.at + box.shape[0] or whole.shape[1] != box.shape[1]:
+        raise ValueError(f"{box.parameter} is {list(whole.shape)} here, which has no {list(box.shape)} at row {box.at}")
     top, left = box.at + move.rows[0] - box.rows[0], move.columns[0] - box.columns[0]
-    return local[top : top + move.shape[0], left : left + move.shape[1]]
+    return whole[top : top + move.shape[0], left : left + move.shape[1]]
 
 
 def _buckets(moves_: list[Move], size: int) -> Iterator[list[Move]]:

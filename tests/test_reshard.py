@@ -8,8 +8,8 @@ from processes import run_processes
 from test_checkpoint import CONFIG
 
 from minitrl import distributed, transfer
-from minitrl.layout import Box, Place, boxes
-from minitrl.model import Model, ModelConfig, hf_tensors
+from minitrl.layout import Box, Place, boxes, hf_tensors
+from minitrl.model import Model, ModelConfig
 
 SHAPES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, "intermediate_size": 48,
           "vocab_size": 600, "head_dim": 4}  # fmt: skip
