@@ -63,6 +63,11 @@ class World:
         """The processes among which every matrix is divided."""
         return self.parts.get("tensor", World(0, 1, self.device))
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process holds a part of the weights alone."""
+        return self.shard.size * self.tensor.size > 1
+
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -188,6 +193,19 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def keepers(world: World, timeout_s: float) -> World | None:
+    """The processes that together hold one whole, in a group of their own on the CPU, for work beside the training.
+
+    They are the first of `replicate`; on the others None. All processes call this.
+    """
+    size = world.shard.size * world.tensor.size
+    if size == 1:
+        return ALONE if world.rank == 0 else None
+    with _named("while those who save meet", world):
+        group = dist.new_group(range(size), timedelta(seconds=timeout_s), backend="gloo")
+    return World(world.rank, size, ALONE.device, group, world.parts) if world.rank < size else None
+
+
 def sum_(tensors: list[Tensor], world: World) -> None:
     """Add up each tensor over all processes, in place, by one flat all-reduce in fp32 (fp64 if any tensor is fp64).
 
@@ -261,6 +279,22 @@ def barrier(world: World, what: str = "at a barrier") -> None:
             dist.all_reduce(torch.zeros(1, device=world.device), group=world.group)
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
+
+
+def meet(world: World, what: str, timeout_s: float = 30.0) -> None:
+    """Wait so long, and no longer, until all are here; on the CPU. The ConnectionError says which rank is not."""
+    if world.size > 1:
+        with _named(what, world):
+            dist.monitored_barrier(world.group, timedelta(seconds=timeout_s))
+
+
+def carry(tensor: Tensor, source: int, target: int, world: World) -> None:
+    """On rank `source` send the tensor to rank `target`, which receives it in its own; it is contiguous."""
+    with _named(f"carrying a tensor from rank {source} to {target}", world):
+        if world.rank == source:
+            dist.send(tensor, group=world.group, group_dst=target)
+        else:
+            dist.recv(tensor, group=world.group, group_src=source)
 
 
 class _Gather(torch.autograd.Function):

@@ -15,9 +15,11 @@ speaks of boxes:
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from .distributed import World
 from .kernels.token_logprob import cuts
-from .model import ModelConfig
+from .model import Model, ModelConfig
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
 COLUMNS = ("o_proj", "down_proj")
@@ -87,6 +89,14 @@ class Box:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
 
 
+@dataclass(frozen=True)
+class Held:
+    """What of a parameter a process holds: the shape of its own tensor, and the boxes that fill it."""
+
+    shape: tuple[int, ...]
+    boxes: list[Box]
+
+
 def place_of(world: World) -> Place:
     """This process's place."""
     return Place(world.shard.rank, world.shard.size, world.tensor.rank, world.tensor.size)
@@ -118,6 +128,21 @@ def boxes(config: ModelConfig, place: Place = Place()) -> list[Box]:
             rows = box.rows[0] + first - box.at, box.rows[0] + last - box.at
             found.append(Box(box.tensor, rows, box.columns, box.parameter, first - place.shard * chunk))
     return found
+
+
+def held(module: nn.Module, place: Place, shapes: dict[str, tuple[int, ...]]) -> dict[str, Held]:
+    """Of each parameter in `shapes`, all of their own on this process, what it is; without those of no checkpoint.
+
+    module: a model, or what holds several. An adapter's parameters are of no checkpoint.
+    """
+    found = {}
+    for path, model in module.named_modules():
+        if isinstance(model, Model):
+            prefix = f"{path}." if path else ""
+            found |= {prefix + box.parameter: [] for box in boxes(model.config)}
+            for box in boxes(model.config, place):
+                found[prefix + box.parameter].append(box)
+    return {name: Held(tuple(shape), found[name]) for name, shape in shapes.items() if name in found}
 
 
 def same_everywhere(name: str) -> bool:

@@ -13,6 +13,7 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 """
 
 import math
+import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, local, sum_
-from .layout import same_everywhere
+from .layout import held, place_of, same_everywhere
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -71,6 +72,8 @@ class Optimizer:
             else:
                 self.masters[name] = p.detach().float()
                 hooks.append(p.register_post_accumulate_grad_hook(partial(_move_gradient, self._grads, name)))
+        shapes = {name: master.shape for name, master in self.masters.items()}
+        self.held = held(model, place_of(world), shapes)  # what of a checkpoint's tensors the masters are
         # The hooks know the dict of gradients, not this object; when it goes, they go, and another may be made.
         weakref.finalize(self, _remove, hooks)
         masters = self.masters.values()
@@ -145,7 +148,13 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what state_tensors gave: the next step is the one that would have come. Raises ValueError."""
+        """Put back what state_tensors gave: the next step is the one that would have come. Raises ValueError.
+
+        A tensor may still be unread (state.Unread): what knows its shape, and gives it when it is called.
+        """
+        def copied(name: str, target: Tensor) -> Tensor:
+            return target.copy_(tensors[name] if isinstance(tensors[name], Tensor) else tensors[name]())
+
         step = int(tensors["step"]) if "step" in tensors else 0
         kinds = ("master", "exp_avg", "exp_avg_sq") if step else ("master",)
         expected = {f"{kind}.{name}": master.shape for name, master in self.masters.items() for kind in kinds}
@@ -163,12 +172,12 @@ class Optimizer:
         self.adam.state.clear()
         for name, master in self.masters.items():
             with torch.no_grad():
-                master.copy_(tensors[f"master.{name}"])
+                copied(f"master.{name}", master)
             if step:
                 self.adam.state[master] = {
                     "step": torch.tensor(float(step), device=master.device),
-                    "exp_avg": torch.empty_like(master).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(master).copy_(tensors[f"exp_avg_sq.{name}"]),
+                    "exp_avg": copied(f"exp_avg.{name}", torch.empty_like(master)),
+                    "exp_avg_sq": copied(f"exp_avg_sq.{name}", torch.empty_like(master)),
                 }
         self._round_masters()
 
@@ -246,6 +255,21 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
     return Optimizer(model, world, **options)
 
 
+def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
+    """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
+    options = {"scalar_head": scalar_head, "seed": config.seed}
+    return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
+
+
+def divided(model: nn.Module, tokenizer, config, world: World) -> nn.Module:
+    """A model that each process has the whole of, the embedded default's, as the mesh wants it."""
+    if not world.divides:
+        return model
+    with tempfile.TemporaryDirectory() as folder:  # it is small: by way of a file, as all others come
+        checkpoint.save(model, tokenizer, folder)
+        return load_model(config, world, folder, model.score is not None)[0]
+
+
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
     """Each number added up over all processes, which pass the same names in the same order."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
@@ -287,14 +311,14 @@ def fit(
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
     state = {} if state is None else state
-    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    step, tensors, saved = run.load(steps, inputs, optimizer.held) or (0, {}, {"state": state})
     state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
     run.begin(checkpoint.fingerprint(model))
 
     def checkpoint_now() -> None:
-        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state}, optimizer.held)
 
     def described(indices: list[int]) -> dict:
         return {"rows": [{"row": i, "ids": describe(i)} for i in indices]}
@@ -329,8 +353,11 @@ def fit(
 def finish(run, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
     """Write each model's folder, "final" among them, and the plot; returns the exit status, 0."""
     output_dir = run.config.output_dir
+    dtype = getattr(torch, run.config.dtype) if run.config.model else None  # FSDP2's parameters are float32
+    if run.keepers:
+        where = {name: f"{output_dir}/{name}" for name in models}
+        kinds = {name: lora.save(model, tokenizer, where[name], dtype, run.keepers) for name, model in models.items()}
     if run.world.rank == 0:
-        kinds = {name: lora.save(model, tokenizer, f"{output_dir}/{name}") for name, model in models.items()}
         if run.config.plot:
             runs.draw(output_dir, run.config.plot, plotted)
         print(f"done: {output_dir}/final is a {kinds['final']} folder", flush=True)
@@ -344,6 +371,7 @@ def update(optimizer: Optimizer, run, step: int, ids: Callable[[], dict[str, lis
     """
     config = run.config
     rate = config.learning_rate * schedule(config.lr_scheduler_type, step, config.warmup_steps, run.total_steps)
+    run.saved()  # the step changes what is being saved
     try:
         return {"grad_norm": optimizer.step(rate), "learning_rate": rate}
     except NotFinite as error:

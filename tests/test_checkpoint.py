@@ -321,7 +321,7 @@ def test_failed_save_leaves_the_old_folder(where, folder, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    target = {"safetensors": "minitrl.checkpoint.save_file", "write_text": "pathlib.Path.write_text",
+    target = {"safetensors": "minitrl.disk.write_tensors", "write_text": "pathlib.Path.write_text",
               "fsync": "os.fsync", "rename": "os.rename", "mkdir": "pathlib.Path.mkdir"}[where]
     monkeypatch.setattr(target, full)
     torch.manual_seed(1)
