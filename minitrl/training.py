@@ -62,6 +62,7 @@ class Optimizer:
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
         self._divided = world.shard.size > 1  # by FSDP2
+        self._gathering = [m for m in model.modules() if hasattr(m, "reshard")]
         models = [(f"{path}.".lstrip("."), m) for path, m in model.named_modules() if hasattr(m, "shares")]
         self._shares = {path + name for path, m in models for name in m.shares() if world.tensor.size > 1}
         for name, p in self.parameters.items():
@@ -195,7 +196,9 @@ class Optimizer:
 
     @torch.no_grad()
     def _round_masters(self) -> None:
-        """Write the masters into the parameters that are not their own."""
+        """Write the masters into the parameters that are not their own, and have FSDP2 gather the others anew."""
+        for module in self._gathering:
+            module.reshard()
         for name, p in self.parameters.items():
             if self.masters[name] is not p and not self._divided:
                 p.copy_(self.masters[name])

@@ -144,6 +144,6 @@ def trains_alike(folder, alone, tmp_path, script: str, mesh: dict, world: int = 
     assert_same_end(alone(script, **options), tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_on_a_mesh(folder, alone, tmp_path, script):
     trains_alike(folder, alone, tmp_path, script, MESHES["shard 2, tensor 2"])
