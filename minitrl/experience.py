@@ -493,7 +493,8 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():
             for key, tensor in named.items():
-                tensor.copy_(tensors[name][key])
+                saved = tensors[name][key]
+                tensor.copy_(saved if isinstance(saved, Tensor) else saved())  # state.Unread
     run.begin(" ".join(training.fingerprint(model, run.config, run.world) for model in models))
     rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
     return step, state["cursor"], rollouts, tensors.get("known", {})
