@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minitrl import checkpoint, runs, server
+from minitrl import checkpoint, runs, server, transfer
 from minitrl.rollout import Engine
 
 
@@ -59,6 +59,40 @@ def raw(url: str, content: bytes, timeout=20) -> bytes:
         while chunk := connection.recv(65536):
             answer += chunk
     return answer
+
+
+def meet(url, config, generation=1, secret="", mesh=(1, 1), timeout_s=20) -> transfer.Route:
+    """As a trainer does: keep a store, and meet a server at it."""
+    listener, answers = transfer.listen("127.0.0.1"), []
+    body = {"host": "127.0.0.1", "port": listener.getsockname()[1], "generation": generation, "secret": secret}
+    thread = threading.Thread(target=lambda: answers.append(ask(url, "/weights/meet", body)))
+    thread.start()
+    slices = ask(url, "/weights")[1]["tensor_parallel_size"]
+    bridge = transfer.Bridge("127.0.0.1", body["port"], 0, 1 + slices, generation=generation, secret=secret,
+                             listener=listener, timeout_s=timeout_s)  # fmt: skip
+    thread.join()
+    assert answers == [(200, {"generation": generation})]
+    return transfer.between(bridge, config, mesh, slices)
+
+
+def announce(url, route, tensors, version, **changes):
+    """Say what is sent; returns the thread in which that is answered, and the list for the answer."""
+    body = {"generation": route.link.generation, "version": version, "digest": transfer.digest(tensors),
+            "tensors": ask(url, "/weights")[1]["tensors"]} | changes  # fmt: skip
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask(url, "/weights/update", body)))
+    thread.start()
+    return thread, answers
+
+
+def send_weights(url, config, tensors, version, generation=1) -> None:
+    """As a trainer does: meet, announce, send."""
+    route = meet(url, config, generation, "s")
+    thread, answers = announce(url, route, tensors, version)
+    transfer.send(route, tensors, next(iter(tensors.values())).dtype)
+    thread.join()
+    route.link.close()
+    assert answers == [(200, {"version": version, "digest": transfer.digest(tensors)})]
 
 
 class Process:

@@ -13,8 +13,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
+    "experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data packing "
+    "pairs checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -25,7 +25,8 @@ ARROWS = {
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
-    "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
+    "rollout": {"sampling", "distributed", "model", "packing", "tokenizer", "kernels"},
+    "lockstep": {"rollout", "sampling", "distributed", "transfer"},
     "layout": {"model", "distributed", "kernels"},
     "checkpoint": {"model", "tokenizer", "layout", "distributed", "disk"},
     "disk": {"distributed"},
