@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .distributed import ALONE, World, divide, local
-from .layout import Place, boxes, hf_tensors, place_of
+from .distributed import ALONE, World, divide, gather_json, local
+from .layout import Place, boxes, hf_tensors, place_of, same_everywhere
 from .model import Model, ModelConfig, fill_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
 
@@ -125,11 +125,19 @@ def refuse_strangers(folder) -> None:
 
 
 @torch.no_grad()
-def fingerprint(model: Model) -> str:
-    """A digest of the model's description and weights: sums over their bits, which are exact in any order."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = {name: p.view(integers[p.element_size()]) for name, p in model.named_parameters()}
-    sums = {name: int(value.sum(dtype=torch.int64)) for name, value in bits.items()}
+def fingerprint(model: Model, world: World = ALONE, dtype: torch.dtype | None = None) -> str:
+    """A digest of the model's description and weights: sums over their bits, which are exact in any order.
+
+    The same on every mesh, where all of `world` take part, and `dtype`, theirs by default, is the same.
+    """
+    integers, sums = {2: torch.int16, 4: torch.int32, 8: torch.int64}, {}
+    for name, p in model.named_parameters():
+        value = local(p).to(dtype or p.dtype)
+        sums[name] = int(value.view(integers[value.element_size()]).sum(dtype=torch.int64))
+    for part, names in ((world.shard, [*sums]), (world.tensor, [name for name in sums if not same_everywhere(name)])):
+        everyone = gather_json(sums, part)
+        for name in names:
+            sums[name] = (sum(found[name] for found in everyone) + 2**63) % 2**64 - 2**63  # as int64 overflows
     return _digest_of({"config": model.config.to_hf(), "sums": sums})
 
 

@@ -63,6 +63,11 @@ class World:
         """The processes among which every matrix is divided."""
         return self.parts.get("tensor", World(0, 1, self.device))
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process holds a part of the weights alone."""
+        return self.shard.size * self.tensor.size > 1
+
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -252,7 +252,7 @@ class Engine:
         sizes = {"max_batch": max_batch, "page_size": page_size, "prefill_tokens": prefill_tokens}
         for option, value in (sizes if max_pages is None else sizes | {"max_pages": max_pages}).items():
             check(is_(Integral, value) and value > 0, option, value, "a positive integer")
-        self.model, self.tokenizer, self.version = model, tokenizer, 0
+        self.model, self.tokenizer, self.tensor, self.version = model, tokenizer, model.tensor, 0
         self.prefill_tokens = prefill_tokens
         self.pool = PagePool(model.config, page_size, max_pages, like)
         self.waiting, self.running = deque(), []  # first come, first served; the oldest first

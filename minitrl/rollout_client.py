@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from . import data, lora, transfer
-from .distributed import World
+from . import checkpoint, data, lora, transfer
+from .distributed import ALONE, World, with_mesh
 from .packing import pack_groups
 from .rollout import Completion, Engine
 
@@ -40,7 +40,29 @@ def engine_of(config, policy, tokenizer, world: World):
     """What samples from the policy: an engine in this process, or those behind --rollout_server."""
     if config.rollout_server:
         return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
-    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
+    options = {"max_batch": config.rollout_batch_size, "cache_gib": config.rollout_cache_gib}
+    slices = config.rollout_tensor or world.tensor.size
+    if world.shard.size == 1 and world.tensor.size == slices:
+        return Engine(policy, tokenizer, **options)
+    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, slices, config.timeout, **options)
+
+
+class OwnEngine(Engine):
+    """Samples from `policy` by a model of its own, one to every `slices` processes, whatever divides the policy.
+
+    All of `world` call `generate` at the same places: it brings the policy's weights over first.
+    """
+
+    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, slices: int, timeout_s: float, **options):
+        mesh = with_mesh(world, (world.size // slices, 1, slices), timeout_s)
+        model = checkpoint.empty(policy.config, dtype, world.device, mesh)
+        super().__init__(model, tokenizer, deterministic=policy.deterministic, **options)
+        self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, slices)
+
+    def generate(self, *arguments, **options) -> list[list[Completion]]:
+        """As `Engine.generate`."""
+        self.route.carry(*(dict(model.named_parameters()) for model in (self.policy, self.model)), self.dtype)
+        return super().generate(*arguments, **options)
 
 
 class Lost(Exception):
@@ -103,6 +125,7 @@ class RemoteEngine:
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
+        self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:

@@ -62,7 +62,8 @@ class Optimizer:
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
         self._divided = world.shard.size > 1  # by FSDP2
-        self._shares = model.shares() if world.tensor.size > 1 else set()
+        slices = [(f"{path}.", m) for path, m in model.named_modules() if world.tensor.size > 1 and hasattr(m, "shares")]
+        self._shares = {f"{path}{name}".lstrip(".") for path, m in slices for name in m.shares()}
         for name, p in self.parameters.items():
             if self._divided:
                 self.masters[name] = local(p.detach())
@@ -246,6 +247,17 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
     return Optimizer(model, world, **options)
 
 
+def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
+    """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
+    options = {"scalar_head": scalar_head, "seed": config.seed, "world": world, "cpu_offload": config.cpu_offload}
+    return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
+
+
+def fingerprint(model: nn.Module, config, world: World) -> str:
+    """`checkpoint.fingerprint`, the same on every mesh."""
+    return checkpoint.fingerprint(model, world, getattr(torch, config.dtype))
+
+
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
     """Each number added up over all processes, which pass the same names in the same order."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
@@ -291,7 +303,7 @@ def fit(
     state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
-    run.begin(checkpoint.fingerprint(model))
+    run.begin(fingerprint(model, config, world))
 
     def checkpoint_now() -> None:
         run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})

@@ -30,7 +30,7 @@ ARROWS = {
     "checkpoint": {"model", "tokenizer", "layout", "distributed"},
     "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"model", "layout", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "checkpoint"},
     "transfer": {"distributed", "layout"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},
