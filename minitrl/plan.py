@@ -454,7 +454,7 @@ def rollouts_of(config: Config, count: int) -> Rollouts:
     P, G, R = *lengths_PG.shape, int(lengths_PG.sum())
     tokens, nothing = torch.zeros(P * prompt + R, dtype=torch.int64), torch.zeros(P, G)
     about = {"truncated_PG": nothing.bool(), "rewards_PGF": nothing[..., None], "rewards_PG": nothing}
-    about |= {"sampler_logprobs_R": torch.zeros(R), "advantages_PG": nothing + 1}
+    about |= {"sampler_logprobs_R": torch.full((R,), torch.nan), "advantages_PG": nothing + 1}  # NaN: unknown
     return Rollouts(tokens[R:], torch.full((P,), prompt), tokens[:R], lengths_PG, **about)
 
 
@@ -476,6 +476,7 @@ def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]
             modes.enter_context(fake)
             policy.to_empty(device="cpu")
             modes.enter_context(Pretend())
+        torch._foreach_zero_([local(p.detach()) for p in policy.parameters()])  # where there are numbers, none is NaN
         policy.gradient_checkpointing = config.gradient_checkpointing
         optimizer = training.optimizer_of(policy, config, world)
         optimizer.step(0.0)
