@@ -292,7 +292,8 @@ def _attention(factor: int, q: Tensor, lengths, prefixes, scale, window) -> int:
 FLOPS = {
     "minitrl::attention_forward": lambda q, k, v, *layout: _attention(4, q, *layout),
     "minitrl::attention_backward": lambda d_out, q, k, v, out, lse, *layout: _attention(10, q, *layout),
-    **dict.fromkeys(("minitrl::token_logprob", "minitrl::token_logprob_part"), lambda x, w, *_: 2 * len(x) * w.numel()),
+    "minitrl::token_logprob": lambda x, w, *_: 2 * len(x) * w.numel(),
+    "minitrl::token_logprob_part": lambda x, w, *_: 2 * len(x) * w.numel(),
     "minitrl::token_logprob_backward": lambda x, w, *_: 6 * len(x) * w.numel(),
 }
 WORKSPACE = {
@@ -302,12 +303,11 @@ WORKSPACE = {
     + 4 * x.shape[1] * (len(x) + min(8 * SPLIT, len(w))),
 }
 
-# PyTorch's names of collectives: ours, and what a process sends of each byte of the whole, among w.
+# PyTorch's names of collectives: ours, and how often the whole goes round the ring, less one process's part.
 COLLECTIVES = {
-    **dict.fromkeys(("c10d::allgather_", "c10d::_allgather_base_"), ("all_gather", lambda w: (w - 1) / w)),
-    **dict.fromkeys(("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"), ("reduce_scatter", lambda w: (w - 1) / w)),
-    "c10d::allreduce_": ("all_reduce", lambda w: 2 * (w - 1) / w),
-    "c10d::broadcast_": ("broadcast", lambda w: 1),
+    **dict.fromkeys(("c10d::allgather_", "c10d::_allgather_base_"), ("all_gather", 1)),
+    **dict.fromkeys(("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"), ("reduce_scatter", 1)),
+    "c10d::allreduce_": ("all_reduce", 2),
 }
 
 
@@ -327,7 +327,7 @@ class Meter(TorchDispatchMode):
         for name in ("replicate", "shard", "tensor", "data"):
             if group := getattr(world, name).group:
                 self.names.setdefault(tuple(dist.get_process_group_ranks(group)), name)
-        self.names.setdefault(tuple(range(world.size)), "data" if world.tensor.size == 1 else "all")
+        self.names.setdefault(tuple(range(world.size)), "all" if world.parts else "replicate")
         self._reset()
 
     def _reset(self) -> None:
@@ -417,15 +417,15 @@ class Meter(TorchDispatchMode):
         if group.group_name not in self.groups:
             ranks = tuple(dist.get_process_group_ranks(group))
             self.groups[group.group_name] = self.names.get(ranks, f"{len(ranks)} processes")
-        where, (ours, sent) = self.groups[group.group_name], COLLECTIVES.get(name, (name, lambda w: 1))
+        where, (ours, rounds), w = self.groups[group.group_name], COLLECTIVES.get(name, (name, 1)), group.size()
         whole = max(sum(x.nbytes for x in tree_leaves(side) if isinstance(x, Tensor)) for side in args[:2])
-        self.traffic[where, ours] += whole * sent(group.size())
+        self.traffic[where, ours] += whole * rounds * (w - 1) / w
         self.calls[where, ours] += 1
         return self.other if where == "tensor" else "in transit"
 
 
 def rollouts_of(config: Config, count: int) -> Rollouts:
-    """Rollouts of one process that fill `count` micro-batches, each with a prompt and completions, the last cut short."""
+    """Rollouts of one process that fill `count` micro-batches, of a prompt each; the last completion is cut short."""
     prompt, completion = config.max_prompt_length, config.max_completion_length
     lengths = [completion] * ((config.tokens_per_microbatch - prompt) // completion)
     rest = config.tokens_per_microbatch - prompt - sum(lengths)
@@ -438,12 +438,13 @@ def rollouts_of(config: Config, count: int) -> Rollouts:
 
 
 def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]:
-    """The readings of grpo.backward and of the optimizer's step, in a `pretended` world or, with numbers, in a real one.
+    """Readings of grpo.backward and of the optimizer's step, in a `pretended` world or, with numbers, in a real one.
 
     The optimizer's state is made before, by a step without gradients. Two micro-batches are run at most: any further
     one would ask for what the second did.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if dist.is_initialized() and dist.get_backend() == "fake" else None
+    is_pretended = dist.is_initialized() and dist.get_backend() == "fake"
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if is_pretended else None
     count = min(2, config.num_micro_batches)
     rollouts = rollouts_of(config, count)
     mine = [[(p, list(range(rollouts.lengths_PG.shape[1])))] for p in range(count)]
@@ -460,7 +461,8 @@ def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]
         optimizer = training.optimizer_of(policy, config, world)
         optimizer.step(0.0)
         weights = [*optimizer.parameters.values(), *optimizer.masters.values()]
-        meter = Meter(world, lambda: [x for x in (*(w.grad for w in weights), *optimizer._grads.values()) if x is not None])
+        held = optimizer._grads
+        meter = Meter(world, lambda: [x for x in (*(w.grad for w in weights), *held.values()) if x is not None])
         state = [x for master in optimizer.masters.values() for x in optimizer.adam.state[master].values()]
         meter.claim("optimizer", [*optimizer.masters.values(), *state])
         meter.claim("parameters", list(optimizer.parameters.values()))
