@@ -106,7 +106,7 @@ class Bridge(Link):
             return [self.group.broadcast(tensor, root)]
 
     def agree(self, what: str) -> None:
-        """Wait until all have come this far; who fails instead closes the bridge, and so fails the others."""
+        """Wait until all have come this far."""
         with _named(what, self.world):
             self.finish([self.group.allreduce([torch.zeros(1, device=self.world.device)])], what)
 
@@ -167,8 +167,7 @@ def check(theirs, ours: list[list]) -> None:
 
 def send(route: "Route", tensors: dict[str, Tensor], dtype: torch.dtype, bucket: int = BUCKET) -> None:
     """Send what others want of this process's parameters; on return all have it, and verified it."""
-    route.carry(tensors, {}, dtype, verify=True, bucket=bucket)
-    route.link.agree("waiting until all have verified the weights")
+    _carry_all(route, tensors, {}, dtype, bucket)
 
 
 def receive(route: "Route", like: dict[str, Tensor], bucket: int = BUCKET) -> dict[str, Tensor]:
@@ -177,9 +176,18 @@ def receive(route: "Route", like: dict[str, Tensor], bucket: int = BUCKET) -> di
     ConnectionError where a sender is gone or late, or a digest is another, here or with another receiver.
     """
     new = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    route.carry({}, new, next(iter(like.values())).dtype, verify=True, bucket=bucket)
-    route.link.agree("waiting until all have verified the weights")
+    _carry_all(route, {}, new, next(iter(like.values())).dtype, bucket)
     return new
+
+
+def _carry_all(route: "Route", source: dict, target: dict, dtype: torch.dtype, bucket: int) -> None:
+    """Whatever fails here closes the bridge, and so fails with all others: none has it alone."""
+    try:
+        route.carry(source, target, dtype, verify=True, bucket=bucket)
+        route.link.agree("waiting until all have verified the weights")
+    except BaseException:
+        route.link.close()
+        raise
 
 
 @torch.no_grad()
