@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import torch
 
 from . import data, lora, transfer
-from .distributed import World, gather_json, with_mesh
+from .distributed import ALONE, World, gather_json, with_mesh
 from .model import Model
 from .packing import pack_groups
 from .rollout import Completion, Engine
@@ -130,7 +130,7 @@ class RemoteEngine:
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
-        self.tensor = World(0, 1, world.device)  # each process asks for itself
+        self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
         self.mesh = world.shard.size, world.tensor.size
         self.senders = math.prod(self.mesh)  # the first ranks
