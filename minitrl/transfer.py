@@ -215,7 +215,7 @@ def digest(tensors: dict[str, Tensor], *worlds: World, bucket: int = BUCKET) -> 
 
 
 def _fold(sums, piece: Tensor) -> None:
-    """Hash a bucket by the sums of its 64-bit words, modulo 2^64, over rows and columns of 512: as fast as memory is."""
+    """Hash a bucket by the sums of its 64-bit words, modulo 2^64, over rows and columns of 512: at memory's speed."""
     data = piece.view(-1).view(torch.uint8)
     data = data.clone() if data.storage_offset() % 8 else data  # of a view into another tensor
     whole = len(data) // 4096 * 4096
