@@ -131,7 +131,7 @@ class Worker(threading.Thread):
         self.inbox.put((future, function, *arguments))
         while True:
             try:
-                return future.result(timeout=5)
+                return future.result(timeout=0.5)
             except futures.TimeoutError:
                 if not self.is_alive():
                     raise Refused(503, "the engine has stopped") from None
@@ -636,6 +636,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"serving {server.name} at {server.url}", flush=True)
         while not stop.wait(1):
             if server.worker.failure:
+                time.sleep(1)  # the last answers are being written
                 raise server.worker.failure
         print("stopping: no new requests; a second signal ends this at once", flush=True)
         server.drain()
