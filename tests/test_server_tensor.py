@@ -201,7 +201,7 @@ def test_one_bad_slice_keeps_all_the_old_ones(folder, receiver):
     """A bit flips on the way to one of the two: neither installs."""
     with served(folder) as server:
         model, tokenizer = changed(folder)
-        tensors, state = dict(model.named_parameters()), ask(server.url, "/weights")[1]
+        tensors, state = {name: p.detach() for name, p in model.named_parameters()}, ask(server.url, "/weights")[1]
         route = serving.meet(server.url, model.config, 3)
         thread, got = serving.announce(server.url, route, tensors, 7)
         streams = {rank: list(route._give(moves, tensors, torch.float32, transfer.BUCKET // 4, True))
