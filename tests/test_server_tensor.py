@@ -3,9 +3,12 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,7 @@ from serving import ask
 from minitrl import checkpoint, distributed, lockstep, runs, transfer
 from minitrl.distributed import ALONE
 from minitrl.kernels.token_logprob import SPLIT
+from minitrl.lockstep import aside
 from minitrl.model import Model, ModelConfig
 from minitrl.rollout import Engine
 from minitrl.rollout_client import RemoteEngine
@@ -318,3 +322,65 @@ def test_two_trainers_and_two_slices(folder, mesh):
         assert ask(server.url, "/weights")[1]["version"] == 2
 
 
+
+
+def slow():
+    """In a server's process: every step of the engine takes longer."""
+    step = Engine.step
+    Engine.step = lambda self: time.sleep(0.03) or step(self)
+
+
+def through_a_loss(folder, url):
+    world = distributed.start("cpu", 60, (1, 2, 1))
+    model, tokenizer = checkpoint.load(folder, world=world)
+    whole, _ = changed(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            distributed.local(p).mul_(1.1)
+    remote = RemoteEngine([url], model, tokenizer, world, timeout_s=100)
+    mine, options = [PROMPTS[world.rank]], OPTIONS | {"max_tokens": 80}
+    samples = remote.generate(mine, seed=7, **options)
+    assert close(samples, Engine(whole, tokenizer).generate(mine, seed=7, **options))
+    distributed.barrier(world)
+    distributed.stop()
+
+
+def test_the_only_server_is_killed_and_comes_back(folder):
+    """Amid generation: both trainers send their parts to the new one, wherever they are, and nothing is lost."""
+    with served(folder, world=1, hook=slow) as server:
+        ended = aside(run_processes, through_a_loss, 2, folder, server.url)
+        deadline = time.monotonic() + 60
+        while ask(server.url, "/weights")[1]["version"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert not ended.done()
+        server.kill()
+        server.start()  # with the weights on its disk
+        assert ended.result(120) is None
+        assert ask(server.url, "/weights")[1]["version"] == 1
+
+
+@pytest.mark.slow
+def test_under_torchrun(folder):
+    """The README's command; SIGTERM to the launcher ends all of it, and nobody stays behind."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minitrl.server",
+            "--model", str(folder), "--dtype", "float32", "--port", "0", "--tensor-parallel-size", "2"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True) as process:
+        try:
+            url = next(line.split()[-1] for line in process.stdout if line.startswith("serving"))
+            assert mostly(answers(url), expected(*checkpoint.load(folder)))
+            members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(path) == process.pid]
+            assert len(members) == 2
+            process.terminate()
+            process.wait(60)
+            assert not [pid for pid in members if Path(f"/proc/{pid}").exists()]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def parent_of(path) -> int:
+    with suppress(OSError):
+        return int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
