@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +51,7 @@ GIB = 2**30
 HEADROOM = 0.15  # of a GPU's memory
 NOTED = 1.003  # a peak that is less above the one before is not looked at
 MATMUL, LINK = 0.5, 0.8  # the share of the rates below that is taken to be reached
+HOST = 25e9  # bytes per second that a process moves to, from and within the machine's own memory
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,6 @@ def shape_of(model: str) -> ModelConfig:
     return ModelConfig.from_hf(read_json(path))
 
 
-# --- what follows from a step's readings ----------------------------------------------------------------------------
-
-
 def plan(config: Config, shape: ModelConfig) -> dict:
     """What the first process needs, as JSON has it: bytes, FLOPs and seconds of a step."""
     size, gpu, item = config.nodes * config.gpus_per_node, GPUS[config.gpu], getattr(torch, config.dtype).itemsize
@@ -187,7 +184,10 @@ def seconds(config: Config, found: dict, flops: float, gpu: GPU) -> dict[str, fl
         for (group, _), sent in reading["traffic"].items():
             kind = "beside" if phase == "backward" and group in ("shard", "replicate") else "waiting"
             took[kind] += sent / (LINK * rate(config, gpu, *groups[group]))
-    took["update"] = 2 * sum(found["update"]["peak"][kind] for kind in STATE) / gpu.hbm
+    state = {kind: found["update"]["peak"][kind] for kind in STATE}
+    if config.cpu_offload:  # each micro-batch takes the parameters twice, and brings their gradients
+        took["beside"] += config.num_micro_batches * 3 * state["parameters"] / HOST
+    took["update"] = 2 * sum(state.values()) / (HOST if config.cpu_offload else gpu.hbm)
     return took | {"step": max(took["products"], took["beside"]) + took["waiting"] + took["update"]}
 
 
@@ -218,27 +218,22 @@ def others(config: Config, shape: ModelConfig):
 
 def table(found: dict) -> str:
     """The plan as text."""
-    options, memory, rollouts = found["options"], found["memory"], found["rollouts"]
-    given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not False)
-    lines = [f"{found['model']}, {found['parameters'] / 1e9:.2f} B parameters", given.replace(" True", ""), ""]
-    lines.append(f"{'memory of a process at its peak':34} {'GiB':>9}   ({memory['phase']})")
+    options, memory, rollouts, took = (found[name] for name in ("options", "memory", "rollouts", "seconds"))
+    lines = [f"{found['model']}, {found['parameters'] / 1e9:.2f} B parameters"]
+    lines += [" ".join(f"--{name} {value}" for name, value in options.items())]
+    lines += [f"\n{'memory of a process at its peak':34} {'GiB':>9}   ({memory['phase']})"]
     lines += [f"  {kind:32} {size / GIB:9.2f}" for kind, size in memory["kinds"].items()]
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    lines.append(f"  {'together':32} {memory['peak'] / GIB:9.2f}   {verdict} in {memory['room'] / GIB:.1f}, which is "
-                 f"{options['gpu']}'s memory less {HEADROOM:.0%}")  # fmt: skip
-    lines += ["", f"{'sent by a process in a step':34} {'GiB':>9} {'calls':>7}"]
+    verdict = f"{'fits' if found['fits'] else 'DOES NOT FIT'} in {memory['room'] / GIB:.1f}, {1 - HEADROOM:.0%} of"
+    lines += [f"  {'together':32} {memory['peak'] / GIB:9.2f}   {verdict} {options['gpu']}'s memory"]
+    lines += [f"\n{'sent by a process in a step':34} {'GiB':>9} {'calls':>7}"]
     for row in found["traffic"]:
         what = f"{row['phase']}: {row['collective']} in {row['group']}"
-        lines.append(f"  {what:32} {row['bytes'] / GIB:9.3f} {row['calls']:7.0f}")
-    lines += ["", f"{'seconds of a step':18} " + "".join(f"{kind:>10}" for kind in found["seconds"]["H100"])]
-    lines += [f"  {name:17}" + "".join(f"{t:10.3f}" for t in took.values()) for name, took in found["seconds"].items()]
-    lines += ["", f"{found['flops']:.3e} FLOPs in a process and step; rates: {MATMUL:.0%} of products', {LINK:.0%} of links'"]
-    lines.append(f"sampling: {rollouts['cache_tokens']} tokens of cache, {rollouts['sequences']} whole sequences; "
-                 f"{rollouts['received'] / GIB:.2f} GiB of weights come in {rollouts['seconds']:.2f} s")  # fmt: skip
-    return "\n".join(lines)
-
-
-# --- a pretended cluster --------------------------------------------------------------------------------------------
+        lines += [f"  {what:32} {row['bytes'] / GIB:9.3f} {row['calls']:7.0f}"]
+    lines += [f"\n{'seconds of a step':18} " + "".join(f"{kind:>10}" for kind in took["H100"])]
+    lines += [f"  {gpu:17}" + "".join(f"{t:10.3f}" for t in times.values()) for gpu, times in took.items()]
+    lines += [f"\n{found['flops']:.3e} FLOPs. Sampling: {rollouts['sequences']} sequences of full length in the cache"]
+    weights = f"{rollouts['received'] / GIB:.2f} GiB of weights come in {rollouts['seconds']:.2f} s"
+    return "\n".join(lines) + f" ({rollouts['cache_tokens']} tokens); {weights}"
 
 
 class Pretend(TorchDispatchMode):
@@ -258,7 +253,7 @@ class Pretend(TorchDispatchMode):
                         torch._foreach_copy_(wholes, [part] * len(wholes))
                 return function(*args, **kwargs)
         if function is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            return 1.0 if args[0].is_floating_point() else 1  # for a flag: true
         if function is torch.ops.aten.nonzero.default:
             return self._chosen(args[0])
         if function is torch.ops.aten.index.Tensor:  # by a mask: by the places that it has
@@ -286,29 +281,19 @@ def pretended(size: int, mesh: tuple):
         dist.destroy_process_group()
 
 
-# --- the meter ------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def pairs(lengths: tuple, prefixes: tuple, window: int | None) -> int:
-    """(query, key) pairs of attention: a token sees its prompt, and its segment up to itself."""
-    total = 0
-    for length, prefix in zip(lengths, prefixes):
-        behind = lengths[prefix] if prefix >= 0 else 0
-        free = length if window is None else max(0, min(length, window - behind))  # queries that see all before them
-        total += free * behind + free * (free + 1) // 2 + (length - free) * (window or 0)
-    return total
-
-
 def _attention(factor: int, q: Tensor, lengths, prefixes, scale, window) -> int:
-    return factor * q.shape[1] * q.shape[2] * pairs(tuple(lengths), tuple(prefixes), window)
+    """FLOPs for each (query, key) pair and number of a head: a token sees its prompt, and its segment up to itself."""
+    behind = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+    pairs = sum(min(n + i + 1, window or math.inf) for n, length in zip(behind, lengths) for i in range(length))
+    return factor * pairs * q.shape[1] * q.shape[2]
 
 
 # FLOPs of our ops (formulas: kernels/), which PyTorch's table does not have; and bytes that they take and give back.
 FLOPS = {
     "minitrl::attention_forward": lambda q, k, v, *layout: _attention(4, q, *layout),
     "minitrl::attention_backward": lambda d_out, q, k, v, out, lse, *layout: _attention(10, q, *layout),
-    **dict.fromkeys(("minitrl::token_logprob", "minitrl::token_logprob_part"), lambda x, w, *_: 2 * len(x) * w.numel()),
+    "minitrl::token_logprob": lambda x, w, *_: 2 * len(x) * w.numel(),
+    "minitrl::token_logprob_part": lambda x, w, *_: 2 * len(x) * w.numel(),
     "minitrl::token_logprob_backward": lambda x, w, *_: 6 * len(x) * w.numel(),
 }
 WORKSPACE = {
@@ -318,12 +303,11 @@ WORKSPACE = {
     + 4 * x.shape[1] * (len(x) + min(8 * SPLIT, len(w))),
 }
 
-# PyTorch's names of collectives: ours, and what a process sends of each byte of the whole, among w.
+# PyTorch's names of collectives: ours, and how often the whole goes round the ring, less one process's part.
 COLLECTIVES = {
-    **dict.fromkeys(("c10d::allgather_", "c10d::_allgather_base_"), ("all_gather", lambda w: (w - 1) / w)),
-    **dict.fromkeys(("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"), ("reduce_scatter", lambda w: (w - 1) / w)),
-    "c10d::allreduce_": ("all_reduce", lambda w: 2 * (w - 1) / w),
-    "c10d::broadcast_": ("broadcast", lambda w: 1),
+    **dict.fromkeys(("c10d::allgather_", "c10d::_allgather_base_"), ("all_gather", 1)),
+    **dict.fromkeys(("c10d::reduce_scatter_", "c10d::_reduce_scatter_base_"), ("reduce_scatter", 1)),
+    "c10d::allreduce_": ("all_reduce", 2),
 }
 
 
@@ -339,11 +323,11 @@ class Meter(TorchDispatchMode):
     def __init__(self, world: World, gradients: Callable[[], list[Tensor]]):
         super().__init__()
         self.gradients, self.live, self.dead, self.current = gradients, {}, [], 0
-        self.names, self.groups = {}, {}
+        self.names, self.groups = {}, {}  # of ranks, and by PyTorch's names
         for name in ("replicate", "shard", "tensor", "data"):
             if group := getattr(world, name).group:
                 self.names.setdefault(tuple(dist.get_process_group_ranks(group)), name)
-        self.names.setdefault(tuple(range(world.size)), "data" if world.tensor.size == 1 else "all")
+        self.names.setdefault(tuple(range(world.size)), "all" if world.parts else "replicate")
         self._reset()
 
     def _reset(self) -> None:
@@ -353,8 +337,7 @@ class Meter(TorchDispatchMode):
     def reading(self) -> dict:
         """What there was since the last reading, and what is alive now."""
         self.settle()
-        counts = {name: getattr(self, name) for name in ("flops", "traffic", "calls")}
-        found = {"peak": self.at_peak, "kept": self.kinds()} | counts
+        found = dict(peak=self.at_peak, kept=self.kinds(), flops=self.flops, traffic=self.traffic, calls=self.calls)
         self._reset()
         return found
 
@@ -410,11 +393,10 @@ class Meter(TorchDispatchMode):
     def settle(self) -> None:
         """Read all sizes again, and forget what only reference cycles hold."""
         gc.collect()
-        for storage, entry in [(entry[0](), entry) for entry in self.live.values()]:
-            if storage is not None:
-                self.current += storage.nbytes() - entry[1]
-                entry[1] = storage.nbytes()
-        del storage
+        for entry in self.live.values():
+            size = 0 if (storage := entry[0]()) is None else storage.nbytes()
+            self.current += size - entry[1]
+            entry[1], storage = size, None  # or the last one would live on here
         self._bury()
 
     def _bury(self) -> None:
@@ -435,18 +417,15 @@ class Meter(TorchDispatchMode):
         if group.group_name not in self.groups:
             ranks = tuple(dist.get_process_group_ranks(group))
             self.groups[group.group_name] = self.names.get(ranks, f"{len(ranks)} processes")
-        where, (ours, sent) = self.groups[group.group_name], COLLECTIVES.get(name, (name, lambda w: 1))
+        where, (ours, rounds), w = self.groups[group.group_name], COLLECTIVES.get(name, (name, 1)), group.size()
         whole = max(sum(x.nbytes for x in tree_leaves(side) if isinstance(x, Tensor)) for side in args[:2])
-        self.traffic[where, ours] += whole * sent(group.size())
+        self.traffic[where, ours] += whole * rounds * (w - 1) / w
         self.calls[where, ours] += 1
         return self.other if where == "tensor" else "in transit"
 
 
-# --- the step -------------------------------------------------------------------------------------------------------
-
-
 def rollouts_of(config: Config, count: int) -> Rollouts:
-    """Rollouts of one process that fill `count` micro-batches, each with a prompt and completions, the last cut short."""
+    """Rollouts of one process that fill `count` micro-batches, of a prompt each; the last completion is cut short."""
     prompt, completion = config.max_prompt_length, config.max_completion_length
     lengths = [completion] * ((config.tokens_per_microbatch - prompt) // completion)
     rest = config.tokens_per_microbatch - prompt - sum(lengths)
@@ -459,12 +438,13 @@ def rollouts_of(config: Config, count: int) -> Rollouts:
 
 
 def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]:
-    """The readings of grpo.backward and of the optimizer's step, in a `pretended` world or, with numbers, in a real one.
+    """Readings of grpo.backward and of the optimizer's step, in a `pretended` world or, with numbers, in a real one.
 
     The optimizer's state is made before, by a step without gradients. Two micro-batches are run at most: any further
     one would ask for what the second did.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if dist.is_initialized() and dist.get_backend() == "fake" else None
+    is_pretended = dist.is_initialized() and dist.get_backend() == "fake"
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if is_pretended else None
     count = min(2, config.num_micro_batches)
     rollouts = rollouts_of(config, count)
     mine = [[(p, list(range(rollouts.lengths_PG.shape[1])))] for p in range(count)]
@@ -480,7 +460,9 @@ def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]
         policy.gradient_checkpointing = config.gradient_checkpointing
         optimizer = training.optimizer_of(policy, config, world)
         optimizer.step(0.0)
-        meter = Meter(world, lambda: gradients(optimizer))
+        weights = [*optimizer.parameters.values(), *optimizer.masters.values()]
+        held = optimizer._grads
+        meter = Meter(world, lambda: [x for x in (*(w.grad for w in weights), *held.values()) if x is not None])
         state = [x for master in optimizer.masters.values() for x in optimizer.adam.state[master].values()]
         meter.claim("optimizer", [*optimizer.masters.values(), *state])
         meter.claim("parameters", list(optimizer.parameters.values()))
@@ -495,12 +477,6 @@ def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]
             found["update"] = meter.reading()
         gc.unfreeze()
     return found
-
-
-def gradients(optimizer: training.Optimizer) -> list[Tensor]:
-    """The gradients that there are at this moment, of parameters and of masters."""
-    held = [x.grad for x in (*optimizer.parameters.values(), *optimizer.masters.values())]
-    return [x for x in (*held, *optimizer._grads.values()) if x is not None]
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ processes have micro-batches in unequal numbers, and with --shard some empty one
 import functools
 import importlib
 import json
+import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-from miniature import launch, run, untimed
+from miniature import launch, rows, steps, untimed
 from safetensors.torch import load_file
 
 from minitrl import checkpoint, dpo, experience, grpo, packing, pairs, ppo, reward, sft
@@ -31,6 +33,9 @@ MESHES = {
     "shard 2, tensor 2": {"shard": 2, "tensor": 2},
     "replicate 2, shard 2": {"replicate": 2, "shard": 2},
     "shard 4": {"shard": 4},
+    "shard 2, sampling in slices": {"shard": 2, "rollout_tensor": 2},
+    "tensor 2, sampling whole": {"tensor": 2, "rollout_tensor": 1},
+    "shard 2, offloaded": {"shard": 2, "cpu_offload": True},
 }
 WORDS = '''
 def odd(completions, step):
@@ -122,10 +127,14 @@ def double(script: str):
     return functools.partial(in_float64, script)
 
 
-def assert_same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path, held_out: bool = True) -> None:
     """Every metric that no clock decides, every completion, all weights."""
-    ours, theirs = untimed(one), untimed(other)
+    ours, theirs = ([{name: value for name, value in row.items() if held_out or not name.startswith("eval/")}
+                     for row in untimed(path)] for path in (one, other))  # fmt: skip
     assert len(ours) == len(theirs) and [row.keys() for row in ours] == [row.keys() for row in theirs]
+    if (one / "completions.jsonl").exists():
+        said = [[{**row, "advantage": None} for row in rows(path, "completions")] for path in (one, other)]
+        assert said[0] == said[1]
     for row, found in zip(ours, theirs):
         assert found == pytest.approx(row, rel=TOLERANCE, abs=TOLERANCE)
     for name in ("final", "value_model"):
@@ -137,13 +146,87 @@ def assert_same_end(one: Path, other: Path) -> None:
                 torch.testing.assert_close(got[key], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"{key}: {m}")
 
 
-def trains_alike(folder, alone, tmp_path, script: str, mesh: dict, world: int = 4, **options) -> None:
-    hooks = dict.fromkeys(range(world), double(script))
-    outcome = launch(argv(folder, script, tmp_path / "run", **options, **mesh), world, hooks, SCRIPTS[script].main)
+def trains_alike(folder, alone, tmp_path, script: str, mesh: str, **options) -> Path:
+    """The run on a mesh ends as the one in one process; the folder of the former."""
+    sizes = {name: value for name, value in MESHES[mesh].items() if name in ("replicate", "shard", "tensor")}
+    world = math.prod(sizes.values())
+    words = argv(folder, script, tmp_path / "run", **options, **MESHES[mesh])
+    outcome = launch(words, world, dict.fromkeys(range(world), double(script)), SCRIPTS[script].main)
     assert outcome.codes == [0] * world, outcome.err[-3000:]
     assert_same_end(alone(script, **options), tmp_path / "run")
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_on_a_mesh(folder, alone, tmp_path, script):
-    trains_alike(folder, alone, tmp_path, script, MESHES["shard 2, tensor 2"])
+    trains_alike(folder, alone, tmp_path, script, "shard 2, tensor 2")
+
+
+MOVING = {"beta": 0.1, "num_iterations": 2, "sync_ref_model": True, "ref_model_sync_steps": 1}
+RARE = {"top_entropy_quantile": 0.5, "dynamic_sampling": 1, "mask_truncated_completions": True}
+MORE = [
+    ("grpo", "shard 2", {}),
+    ("grpo", "tensor 2", {"loss_type": "bnpo"}),  # whose loss depends on the micro-batches: here they are the same
+    ("grpo", "shard 4", MOVING),
+    ("grpo", "replicate 2, shard 2", RARE),
+    ("grpo", "shard 2, tensor 2", MOVING | RARE),
+    ("grpo", "shard 2, sampling in slices", RARE),
+    ("grpo", "tensor 2, sampling whole", {}),
+    ("grpo", "shard 2, offloaded", MOVING),
+    ("ppo", "shard 2", {"num_mini_batches": 2}),
+    ("ppo", "tensor 2", {"num_mini_batches": 2}),
+    ("ppo", "shard 4", {"kl_coef": 0.0}),
+    ("sft", "tensor 2", {}),
+    ("sft", "shard 4", {"packing": True}),
+    ("reward", "shard 4", {"center_rewards_coefficient": 0.1}),
+    ("dpo", "shard 4", {"loss_type": "aot_pair"}),  # which compares the pairs of a step with each other
+    ("dpo", "tensor 2", {"reference_free": True}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, mesh, options", MORE, ids=lambda value: value if isinstance(value, str) else "")
+def test_other_runs_on_other_meshes(folder, alone, tmp_path, script, mesh, options):
+    trains_alike(folder, alone, tmp_path, script, mesh, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_embedded_default_on_a_mesh(tmp_path, script):
+    """Two shards of it; its vocabulary of eight is not cut, and that is said by name."""
+    options = ["--max_steps", "2", "--seed", "1", "--learning_rate", "1e-3", "--logging_steps", "1"]
+    for name, more in (("alone", []), ("mesh", ["--shard", "2"])):
+        words = [*options, "--output_dir", str(tmp_path / name), *more]
+        outcome = launch(words, 1 + bool(more), main=SCRIPTS[script].main)
+        assert outcome.codes == [0] * (1 + bool(more)), outcome.err[-3000:]
+    ours, theirs = (untimed(tmp_path / name) for name in ("alone", "mesh"))
+    for row, found in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(row, rel=1e-3, abs=1e-3)  # float32, and AdamW's first steps
+    outcome = launch([*options, "--output_dir", str(tmp_path / "cut"), "--tensor", "2"], 2, main=SCRIPTS[script].main)
+    assert outcome.codes == [1, 1] and "--tensor 2: the model's vocab_size, 8" in outcome.err, outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_with_shards(folder, tmp_path, dtype):
+    """The sampler has the trainer's weights to the bit, and computes what it computes."""
+    words = argv(folder, "grpo", tmp_path, deterministic=True, dtype=dtype, shard=2)
+    outcome = launch(words, 2)
+    assert outcome.codes == [0, 0], outcome.err
+    assert all(row["sampling/sampling_logp_difference/max"] == 0 for row in steps(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["grpo", "ppo", "dpo"])
+def test_a_run_goes_on_on_another_mesh(folder, alone, tmp_path, script):
+    """One step in one process, one on two shards, the last on two slices."""
+    path = tmp_path / "run"
+    options = {"num_iterations": 3, "beta": 0.1} if script == "grpo" else {}
+    for step, mesh in enumerate([{}, {"shard": 2}, {"tensor": 2}], 1):
+        world = 1 + bool(mesh)
+        words = argv(folder, script, path, **options, **mesh, max_steps=step, resume=step > 1, lr_scheduler_type="constant")
+        outcome = launch(words, world, dict.fromkeys(range(world), double(script)), SCRIPTS[script].main)
+        assert outcome.codes == [0] * world, outcome.err[-3000:]
+        shutil.rmtree(path / "final") if step < 3 else None
+    whole = alone(script, **options, lr_scheduler_type="constant")
+    assert_same_end(whole, path, held_out=False)
