@@ -206,8 +206,8 @@ class RemoteEngine:
     def _update(self, server: _Server, state: dict) -> None:
         """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
         theirs, dtype = state.get("tensors"), next(iter(self.tensors.values())).dtype
-        if self.senders > 1:  # masters in float32: they are sent in what the server has
-            dtype = torch.bfloat16 if str(theirs)[:200].count("bfloat16") else torch.float32
+        if self.world.shard.size > 1 and theirs == transfer.describe(self.policy.config, torch.bfloat16):
+            dtype = torch.bfloat16  # ours are masters
         described = transfer.describe(self.policy.config, dtype)
         if theirs != described:
             try:
