@@ -30,7 +30,7 @@ ARROWS = {
     "checkpoint": {"model", "tokenizer", "layout", "distributed", "disk"},
     "disk": {"distributed"},
     "state": {"disk", "distributed", "layout", "tokenizer"},
-    "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
+    "rewards": {"model", "checkpoint", "disk", "tokenizer", "pairs", "packing"},
     "lora": {"model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
     "transfer": {"distributed", "layout"},
