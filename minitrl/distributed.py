@@ -63,6 +63,11 @@ class World:
         """The processes among which every matrix is divided."""
         return self.parts.get("tensor", World(0, 1, self.device))
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process holds a part of the weights alone."""
+        return self.shard.size * self.tensor.size > 1
+
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -180,6 +185,13 @@ def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter or gradient that FSDP2 has divided, in the same memory; else all of it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def own_parameters(model) -> dict[str, Tensor]:
+    """By name, this process's part of each of a model's parameters."""
+    if hasattr(model, "reshard"):  # after a pass without backward FSDP2 leaves those around the blocks gathered
+        model.reshard()
+    return {name: local(p.detach()) for name, p in model.named_parameters()}
 
 
 def stop() -> None:

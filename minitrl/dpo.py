@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = training.optimizer_of(policy, config, world)
     inputs = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(held_out)}
     if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        inputs["--model"] = checkpoint.fingerprint(policy)
+        inputs["--model"] = training.fingerprint(policy, config, world)
     reference = reference_logprobs(policy, rows + held_out, config, run)
     policy.gradient_checkpointing = config.gradient_checkpointing
     state = {"delta": 0.0}
@@ -102,8 +102,9 @@ def load(config: Config, run):
     world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
+        policy = checkpoint.divided(policy, torch.float32, world, config.cpu_offload)
         return policy, tokenizer, *toy.preferences(config.seed)
-    policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+    policy, tokenizer = training.load_model(config, world)
     lora.adapt(policy, config, world)
     tokenizer.now = run.began
     return policy, tokenizer, *pairs.load(config, tokenizer, context_length(policy.config), world)
@@ -117,7 +118,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
     """
     if config.reference_free:
         return torch.zeros(len(rows), 2)
-    key = {"model": checkpoint.fingerprint(policy), "data": data.fingerprint(rows)}
+    key = {"model": training.fingerprint(policy, config, run.world), "data": data.fingerprint(rows)}
     name = hashlib.sha256("".join(key.values()).encode()).hexdigest()[:16]
     folder = f"{config.reference_cache or f'{config.output_dir}/reference'}/{name}"
     try:
@@ -144,7 +145,7 @@ def score(policy, rows: list[dict], config: Config, world) -> Tensor:
     logprobs_N2 = torch.zeros(len(rows), 2, device=world.device)
     for members, pack in pairs.batches(rows, config, world):
         logprobs_N2[members] = answer_logprobs(policy, pack)[0].float()
-    distributed.sum_([logprobs_N2], world)
+    distributed.sum_([logprobs_N2], world.data)
     return logprobs_N2.cpu()
 
 
@@ -152,7 +153,7 @@ def answer_logprobs(policy, pack) -> tuple[Tensor, Tensor]:
     """(P, 2) float32, the log-probs of the pack's chosen and rejected answers; and the sum of all tokens' entropies."""
     logprobs_T, entropy_T = policy.logprobs(pack, pack.completion_T)
     sums_B = torch.stack([part.sum() for part in logprobs_T.split(pack.lengths)])
-    return sums_B.view(-1, 3)[:, 1:], entropy_T.detach().sum()  # prompt, chosen, rejected
+    return pairs.of_answers(sums_B, pack), entropy_T.detach().sum()
 
 
 def learn(policy, rows, reference_P2, indices, config: Config, world, state: dict, step: int | None) -> dict:
@@ -186,7 +187,7 @@ def learn(policy, rows, reference_P2, indices, config: Config, world, state: dic
         logprobs_P2[members] = logprobs.detach().float()
         entropy += entropies.float()
         offending += [p for p, sound in zip(members, logprobs.isfinite().all(1).tolist()) if not sound]
-    distributed.sum_([logprobs_P2, entropy], world)
+    distributed.sum_([logprobs_P2, entropy], world.data)
     logprobs_P2 = logprobs_P2.cpu()
     rewards_P2 = config.beta * (logprobs_P2 - reference_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]

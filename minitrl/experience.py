@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, lora, rewards, toy
+from . import checkpoint, data, lora, rewards, toy, training
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
@@ -43,6 +43,7 @@ class RolloutOptions(CommonOptions):
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
+    rollout_tensor: int | None = None  # processes that divide every matrix of the sampler; none: --tensor
     rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
     deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
@@ -64,9 +65,18 @@ class RolloutOptions(CommonOptions):
         count = len(self.reward)
         self.must(count > 0, "reward", "the name of a built-in reward, or file.py:function")
         self.must(len(self.reward_weights) in (0, count), "reward_weights", f"{count} numbers, one for each reward")
+        alone = self.rollout_tensor is None or not self.rollout_server
+        self.must(alone, "rollout_tensor", "left out with --rollout_server, whose processes have their own")
         self.check_data()
         short = self.model is not None or self.max_prompt_length == 512
         self.must(short, "max_prompt_length", "left out without --model: its prompts are short")
+
+    def check_mesh(self, world) -> None:
+        super().check_mesh(world)
+        parts = 1 if self.rollout_tensor is None else self.rollout_tensor
+        divides, whole = parts >= 1 and world.size % parts == 0, self.use_peft or self.deterministic
+        self.must(divides, "rollout_tensor", f"a divisor of {world.size}, the number of processes")
+        self.must(parts == 1 or not whole, "rollout_tensor", "1 with --use_peft or --deterministic")
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Rollouts:
         """A micro-batch [(p, [g, ...]), ...] as a Pack, and where in R its completion tokens stand, in pack order."""
         prompts = [self.prompt(p) for p, _ in micro_batch]
         completions = [[self.completion(p, g) for g in members] for p, members in micro_batch]
-        spans = [self.span(p, g) for p, members in micro_batch for g in members]
+        spans = [self.span(p, g) for p, members in micro_batch for g in members] or [slice(0, 0)]
         indices = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         return pack_groups(prompts, completions, device), indices
 
@@ -130,11 +140,12 @@ class Rollouts:
         completions = [[self.completion(p, g) for g in members] for p, members in parts]
         return {"groups": [{"prompt": self.prompt(p), "completions": c} for (p, _), c in zip(parts, completions)]}
 
-    def plan(self, chosen_PG: Tensor, capacity: int, ranks: int) -> list[list]:
-        """Per rank its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
+    def plan(self, chosen_PG: Tensor, capacity: int, world: World) -> list[list]:
+        """Per rank of world.data its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
         members = [row.nonzero()[:, 0].tolist() for row in chosen_PG]
         lengths = [self.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
-        plan = plan_micro_batches(self.prompt_lengths_P.tolist(), lengths, capacity, ranks)
+        ranks, even = world.data.size, world.shard.size > 1
+        plan = plan_micro_batches(self.prompt_lengths_P.tolist(), lengths, capacity, ranks, even)
         return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
 
 
@@ -192,26 +203,36 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
+def load_policy(config: RolloutOptions, world: World):
+    """(policy, tokenizer) as training starts: --model's, or the embedded default's."""
+    if config.model is None:
+        policy, tokenizer = toy.build(config.seed, world.device, log=partial(print0, world))
+        return checkpoint.divided(policy, torch.float32, world, config.cpu_offload), tokenizer
+    policy, tokenizer = training.load_model(config, world)
+    lora.adapt(policy, config, world)
+    return policy, tokenizer
+
+
+def reference_of(policy, config: RolloutOptions, world: World):
+    """`lora.reference_of`, before training; what is divided among processes cannot be copied, and is loaded again."""
+    return load_policy(config, world)[0].requires_grad_(False) if world.divides else lora.reference_of(policy)
+
+
 def load(config: RolloutOptions, run):
     """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
     functions = rewards.load_rewards(config.reward)
     eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    if config.model is None:
-        policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: print0(world, text))
-        rows, eval_rows = toy.datasets(config.seed)
-    else:
-        policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
-        lora.adapt(policy, config, world)
-        tokenizer.now = run.began
-        rows, eval_rows = [], []
-        for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
-            if path:
-                loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
-                into += loaded
-                if dropped:
-                    limit = f"--max_prompt_length {config.max_prompt_length}"
-                    print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    policy, tokenizer = load_policy(config, world)
+    tokenizer.now = run.began
+    rows, eval_rows = toy.datasets(config.seed) if config.model is None else ([], [])
+    for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
+        if path:
+            loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
+            into += loaded
+            if dropped:
+                limit = f"--max_prompt_length {config.max_prompt_length}"
+                print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
     if config.deterministic:
         policy.make_deterministic()
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
@@ -229,11 +250,11 @@ def load(config: RolloutOptions, run):
     return policy, tokenizer, rows, functions, eval_rows, eval_functions
 
 
-def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
+def inputs(config: RolloutOptions, policy, rows, eval_rows, world: World) -> dict[str, str]:
     """Digests of all that the options only point to: on every rank, and after a resume, it has to be the same."""
     found = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(eval_rows)}
     if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        found["--model"] = checkpoint.fingerprint(policy)
+        found["--model"] = training.fingerprint(policy, config, world)
     return found | rewards.fingerprints(config.reward + config.eval_reward)
 
 
@@ -279,7 +300,8 @@ def generate_and_score(
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
-    An error on one rank, say in a reward, is an error on all.
+    The processes that divide a model among them (engine.tensor) sample together, and the first of them rewards. An
+    error on one rank, say in a reward, is an error on all.
 
     rows: P rows of `data.load_prompts`, the same on every rank.
     seeds: P ints; a completion depends on its prompt's seed and its own number.
@@ -289,14 +311,15 @@ def generate_and_score(
     first_index: completions that were sampled in this step before these.
     """
     P, G = len(rows), num_generations
-    first, last = P * world.rank // world.size, P * (world.rank + 1) // world.size
+    teams, team = world.size // engine.tensor.size, world.rank // engine.tensor.size
+    first, last = P * team // teams, P * (team + 1) // teams
     mine = rows[first:last]
     prompts = [row["prompt_ids"] for row in mine]
-    repeated = [row for row in mine for _ in range(G)]
+    repeated = [row for row in mine for _ in range(G)] if engine.tensor.rank == 0 else []
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
         groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling)
-        completions = [completion for group in groups for completion in group]
+        completions = [completion for group in groups for completion in group if engine.tensor.rank == 0]
         rewards_NF = rewards.score(
             functions,
             timeout_s,
@@ -338,11 +361,11 @@ def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) 
     """
     dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
     found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
         found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
-    sum_([found], world)
+    sum_([found], world.data)
     return list(found)
 
 
@@ -470,7 +493,8 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():
             for key, tensor in named.items():
-                tensor.copy_(tensors[name][key])
-    run.begin(" ".join(checkpoint.fingerprint(model) for model in models))
+                saved = tensors[name][key]
+                tensor.copy_(saved if isinstance(saved, Tensor) else saved())  # state.Unread
+    run.begin(" ".join(training.fingerprint(model, run.config, run.world) for model in models))
     rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
     return step, state["cursor"], rollouts, tensors.get("known", {})

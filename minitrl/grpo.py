@@ -16,6 +16,7 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
     torchrun --nproc_per_node 8 -m minitrl.grpo --model Qwen/Qwen3-0.6B --dataset math.jsonl --reward rewards.py:correct
 """
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -76,15 +77,16 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
-    reference = lora.reference_of(policy) if config.beta else None
-    mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
+    reference = experience.reference_of(policy, config, world) if config.beta else None
+    moving = distributed.own_parameters(reference) if config.sync_ref_model else {}
+    mixture = {name: p.float() for name, p in moving.items()}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    given = experience.inputs(config, policy, rows, eval_rows)
+    given = experience.inputs(config, policy, rows, eval_rows, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
-    for name, parameter in reference.named_parameters() if mixture else ():
+    for name, parameter in moving.items():
         parameter.copy_(mixture[name])
 
     def checkpoint_now() -> None:
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
                     with lora.as_reference(reference):
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
@@ -165,7 +167,7 @@ def counted(rollouts: Rollouts, config: Config) -> Tensor:
 
 
 def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
-    """Per rank its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
+    """Per rank of world.data its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
 
     Where nothing but the advantage pulls at a completion and that is 0, its gradient is exactly 0: no pass is spent on
     it. (It still counts in the normaliser. bnpo divides by each micro-batch's own tokens and the entropy quantile is
@@ -174,7 +176,7 @@ def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
     trained = counted(rollouts, config)
     if not config.beta and not config.entropy_coef and config.loss_type != "bnpo" and config.top_entropy_quantile == 1:
         trained = trained & (rollouts.advantages_PG != 0)
-    return rollouts.plan(trained, config.tokens_per_microbatch, world.size)
+    return rollouts.plan(trained, config.tokens_per_microbatch, world)
 
 
 def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict:
@@ -187,7 +189,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     counts = {
         "tokens": int(rollouts.lengths_PG[counted_PG].sum()),
         "sequences": int(counted_PG.sum()),
-        "micro_batches": sum(map(len, plan)),
+        "micro_batches": sum(map(bool, itertools.chain(*plan))),  # the empty ones do not count
     }
     options = {name: getattr(config, name) for name in LOSS_OPTIONS}
     if config.top_entropy_quantile < 1:  # of the whole step: one more pass, before the first backward
@@ -199,7 +201,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     per_token_R = {"advantages": advantages_R, "sampler": rollouts.sampler_logprobs_R, **known}
     new_R = torch.zeros(len(rollouts.tokens_R))
     sums, largest, offending = Counter(), torch.zeros(1), []
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
@@ -228,7 +230,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         new_R[index_C] = logprobs_T.detach()[mask_T].float().cpu()
         if on_policy:
             difference_C = new_R[index_C] - rollouts.sampler_logprobs_R[index_C]
-            largest = torch.maximum(largest, difference_C.abs().max())
+            largest = torch.cat([largest, difference_C.abs()]).amax(0, keepdim=True)
             sums["sampling/sampling_logp_difference/mean"] += difference_C.abs().sum().item()
             sums["sampling/kl"] += (difference_C.expm1() - difference_C).sum().item()  # k3 of KL(sampler, trainer)
         sums["entropy"] += entropy_T.detach().sum().item()
@@ -237,7 +239,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         for name, share in shares.items():
             sums[name] += share.item()
     if on_policy and config.num_iterations > 1:
-        distributed.sum_([new_R], world)
+        distributed.sum_([new_R], world.data)
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
@@ -253,7 +255,7 @@ def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config
     means += ["sampling/importance_sampling_ratio/mean"] * config.vllm_importance_sampling_correction
     names = ["trained_tokens", *shares, *means]
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=world.device)
-    distributed.sum_([totals], world)
+    distributed.sum_([totals], world.data)
     tokens, *totals = totals.tolist()
     metrics = {"trained_tokens": int(tokens)} | dict(zip(shares, totals))
     if tokens:
@@ -270,8 +272,8 @@ def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
 
     The float32 `mixture` adds up what a bfloat16 reference would round away, all of it at a small alpha.
     """
-    theirs = dict(policy.named_parameters())
-    for name, ours in reference.named_parameters():
+    theirs = distributed.own_parameters(policy)
+    for name, ours in distributed.own_parameters(reference).items():
         ours.copy_(mixture[name].lerp_(theirs[name].to(mixture[name].dtype), alpha))
 
 

@@ -70,15 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)
-    reference = lora.reference_of(policy) if config.kl_coef else None
+    reference = experience.reference_of(policy, config, world) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
-    given = experience.inputs(config, policy, rows, eval_rows)
+    given = experience.inputs(config, policy, rows, eval_rows, world)
     if config.value_model is not None:
-        given["--value_model"] = checkpoint.fingerprint(value_model)
+        given["--value_model"] = training.fingerprint(value_model, config, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy, value_model], optimizer)
 
     def checkpoint_now() -> None:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             with run.timed("train"):
                 plan = minibatch(rollouts, step, config, world)
                 metrics = backward(policy, value_model, rollouts, known, plan, config, run, step)
-                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
             step, cursor = step + 1, cursor + fresh * config.prompts_per_step
             metrics |= experience.rollout_metrics(rollouts, functions) | objective(rollouts, known, config)
             metrics["episode"] = cursor * config.num_generations
@@ -118,10 +118,13 @@ def main(argv: list[str] | None = None) -> int:
 def load_value_model(policy, tokenizer, config: Config, world):
     """The value model: that of --value_model, or the policy's layers and a fresh head, which guesses near 0."""
     checkpoint.refuse_strangers(f"{config.output_dir}/value_model")  # what would fail at the very end
+    if config.value_model is None and world.divides and config.model is not None:
+        return training.load_model(config, world, scalar_head=True)[0]  # what is divided cannot be copied
     if config.value_model is None:
-        return with_scalar_head(copy.deepcopy(policy), config.seed)
-    dtype = getattr(torch, config.dtype)
-    value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
+        whole = toy.build(config.seed, world.device, log=str)[0] if world.divides else copy.deepcopy(policy)
+        value_model = with_scalar_head(whole, config.seed)
+        return checkpoint.divided(value_model, torch.float32, world, config.cpu_offload)
+    value_model, its = training.load_model(config, world, config.value_model, scalar_head=True)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
     lora.adapt(value_model, replace(config, adapter=None, model=config.value_model), world)
@@ -139,7 +142,7 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
     A completion to which no reward applies is left out of all, and not trained on.
     """
     scored_PG = ~rollouts.rewards_PG.isnan()
-    plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world.size)
+    plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world)
     old_R, _ = experience.score(policy, rollouts, plan, config, world)
     values_of = lambda pack, _: [values_before(value_model, pack)]
     [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
@@ -177,14 +180,15 @@ def values_before(value_model, pack) -> Tensor:
 
 
 def minibatch(rollouts: Rollouts, step: int, config: Config, world) -> list[list]:
-    """Per rank the micro-batches of this step: its part of a permutation of all completions, a new one each epoch."""
+    """Per rank of world.data the micro-batches of this step: its part of a permutation of all completions, a new one
+    each epoch."""
     scored_PG = ~rollouts.rewards_PG.isnan()
     N, M = scored_PG.numel(), config.num_mini_batches
     epoch, part = divmod(step, M)
     order = data.order(N, epoch * N, N, config.seed)
     chosen_N = torch.zeros(N, dtype=torch.bool)
     chosen_N[order[N * part // M : N * (part + 1) // M]] = True
-    return rollouts.plan(scored_PG & chosen_N.view_as(scored_PG), config.tokens_per_microbatch, world.size)
+    return rollouts.plan(scored_PG & chosen_N.view_as(scored_PG), config.tokens_per_microbatch, world)
 
 
 def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config: Config, run, step: int) -> dict:
@@ -192,7 +196,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
     world, offending = run.world, []
     tokens = sum(int(rollouts.lengths_PG[p, members].sum()) for rank in plan for batch in rank for p, members in batch)
     sums = dict.fromkeys(MEANS, 0.0)
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         mask_T = pack.completion_T
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
@@ -216,7 +220,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
         shares |= {"loss": loss.detach(), "policy/entropy_avg": entropy_T.detach().sum() / tokens}
         for name in MEANS:
             sums[name] += shares[name].item()
-    metrics = training.total(sums, world)
+    metrics = training.total(sums, world.data)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
         training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2)

@@ -32,12 +32,12 @@ from .console import Progress, table
 from .distributed import barrier, gather_json, keepers, meet, print0, stop
 from .state import Pieces, load_state, save_state
 
-# What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
-# schedule from there on, and is meant to: one asks for more.)
+# What --resume may change: these have no part in which weights a step gives, or in their rounding alone. (max_steps
+# bends a linear or cosine schedule from there on, and is meant to: one asks for more.)
 MAY_CHANGE = (
     "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
     "num_completions_to_print report_to plot eval_steps save_steps save_total_limit rollout_server "
-    "rollout_timeout reference_cache"
+    "rollout_timeout reference_cache replicate shard tensor cpu_offload rollout_tensor"
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
@@ -324,6 +324,7 @@ class Run:
     """
 
     def __init__(self, config, world):
+        config.check_mesh(world)
         self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
         if self.folder:  # what would fail at the very end is better said now
