@@ -245,6 +245,8 @@ def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
     for name in "num_generations num_ppo_epochs num_mini_batches".split():
         config.must(getattr(config, name) >= 1, name, "at least 1")
+    rule = "0: PPO has no correction for samples of older weights, GRPO has"
+    config.must(config.max_staleness == 0, "max_staleness", rule)
     completions = config.prompts_per_step * config.num_generations
     enough = config.num_mini_batches <= completions
     config.must(enough, "num_mini_batches", f"at most {completions}, the completions of a generation")

@@ -11,6 +11,10 @@ Before anything is sampled every server has the policy's weights: rank 0 compare
 they differ, over a bridge (transfer.py) to each; a request names the digest that it wants to be sampled with, and a
 server that has other weights refuses. So one that was restarted, or that took part in another run, serves nothing
 before it is up to date; and after each update its log-probs are compared with the policy's own.
+
+What is asked for in the background (`ask`; ahead.py), while the policy is trained, names a bound instead: the digests
+of all weights since a step, any of which it may begin with. The server goes on with it when newer ones arrive, and
+tells for every token which it is from.
 """
 
 import http.client
@@ -18,10 +22,11 @@ import json
 import math
 import os
 import secrets
+import socket
 import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from urllib.parse import urlsplit
 
 import torch
@@ -63,7 +68,13 @@ class _Server:
         self.port = parts.port or (443 if self.secure else 80)
         self.ready, self.load, self.why = False, 0, "not asked yet"
         self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
-        self.bridge = None
+        self.bridge, self.sockets = None, set()
+
+    def hang_up(self) -> None:
+        """End what is being asked: it is Lost."""
+        for connected in list(self.sockets):
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
         """The answer's JSON. Lost where there is none; ValueError where the server says that the request is wrong."""
@@ -71,16 +82,21 @@ class _Server:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("MINITRL_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
+        connected = None
         try:
             with closing(kind(self.host, self.port, timeout=min(10.0, timeout_s))) as connection:
                 connection.connect()
-                connection.sock.settimeout(timeout_s)
+                connected = connection.sock
+                self.sockets.add(connected)
+                connected.settimeout(timeout_s)
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
                 response = connection.getresponse()
                 content = response.read(MAX_ANSWER)
             answer = data._parse(content)
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise Lost(f"{type(error).__name__}: {str(error)[:200]}") from None
+        finally:
+            self.sockets.discard(connected)
         if response.status == 200:
             return answer
         error = answer.get("error")
@@ -104,27 +120,75 @@ class RemoteEngine:
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
         self.mismatch = 0.0  # nats, the largest found after an update
+        self.still = threading.Lock()  # held while weights are sent, and while they change
+        self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`
+        self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
         """As `Engine.generate`. ConnectionError names the servers where none can be had for timeout_s."""
+        bodies = self._bodies(prompts, n, max_tokens, seed, options)
+        with self.still:
+            self._renew()
+        return self._gather(bodies, threading.Event())
+
+    def ask(self, least: int, over: threading.Event, prompts, n=1, max_tokens=256, seed=0, **options) -> Future:
+        """`generate` in the background, by weights of step `least` or later: the first token of each completion, the
+        others by no older ones. Their `versions` are steps. `over` ends it."""
+        future, bodies = Future(), self._bodies(prompts, n, max_tokens, seed, options)
+
+        def run() -> None:
+            try:
+                future.set_result(self._gather(bodies, over, least))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+    @contextmanager
+    def updating(self, step: int):
+        """Inside, the policy's weights become those of `step`, while none are sent; these are, by who asks next."""
+        with self.still:
+            yield
+            self._renew(step)
+
+    def forget(self, least: int) -> None:
+        """Nothing that is asked for may be of weights before step `least` any more."""
+        self.known = {version: known for version, known in self.known.items() if known[1] >= least}
+
+    def close(self, futures: list[Future]) -> None:
+        """Wait for what has been told that it is over."""
+        while wait(futures, 0.1).not_done:
+            for server in self.servers:
+                server.hang_up()
+
+    def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
+        """A request for each prompt."""
         ids = [p if isinstance(p, list) and isinstance(p[0], int) else self.tokenizer.prompt_ids(p) for p in prompts]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(ids)
-        bodies = [
+        return [
             {"prompt": prompt, "seed": s, "n": n, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
+
+    def _renew(self, step: int | None = None) -> None:
+        """Take the policy's weights for those to sample with; all servers are to get them where they are others."""
         self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
         digest = transfer.digest(self.tensors)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
             for server in self.servers:
                 server.ready, server.again = False, 0.0
-        self.revive(ids[0] if ids else None)
+        if step is not None:
+            self.known = self.known | {self.version: (digest, step)}
+
+    def _gather(self, bodies: list[dict], over: threading.Event, least: int | None = None) -> list[list[Completion]]:
+        probe = bodies[0]["prompt"] if bodies else None
+        self.revive(probe)
         stop = time.monotonic() + self.timeout_s
-        with ThreadPoolExecutor(min(IN_FLIGHT, len(ids)) or 1) as pool:
-            over = threading.Event()
-            futures = [pool.submit(self._complete, body, over) for body in bodies]
+        with ThreadPoolExecutor(min(IN_FLIGHT, len(bodies)) or 1) as pool:
+            futures = [pool.submit(self._complete, body, over, least) for body in bodies]
             try:
                 open_, ready = set(futures), any(server.ready for server in self.servers)
                 while open_ or not ready:  # with nothing to ask for itself, rank 0 still has to send the weights
@@ -136,8 +200,10 @@ class RemoteEngine:
                         stop = time.monotonic() + self.timeout_s
                     elif time.monotonic() > stop:
                         raise ConnectionError("no rollout server can be had: " + self._whys())
+                    if over.is_set():
+                        raise ConnectionAbortedError("it is not wanted any more")
                     if open_ or not ready:
-                        self.revive(ids[0] if ids else None)
+                        self.revive(probe)
             finally:
                 over.set()
                 for future in futures:
@@ -146,18 +212,18 @@ class RemoteEngine:
 
     def revive(self, probe: list[int] | None) -> None:
         """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
-        due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
-        if not due:
-            return
-        with ThreadPoolExecutor(len(due)) as pool:
-            list(pool.map(lambda server: self._try(server, probe), due))
+        with self.still:
+            due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
+            if due:
+                with ThreadPoolExecutor(len(due)) as pool:
+                    list(pool.map(lambda server: self._try(server, probe), due))
 
     def _try(self, server: _Server, probe: list[int] | None) -> None:
         try:
             state = server.ask("GET", "/weights", None, 10.0)
             if state.get("deterministic") != self.policy.deterministic:
                 raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
-            if state.get("digest") != self.digest:
+            if (state.get("digest"), state.get("version")) != (self.digest, self.version):
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 self._update(server, state)
@@ -225,7 +291,7 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ from the policy's "
                              f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
 
-    def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
+    def _complete(self, body: dict, over: threading.Event, least: int | None) -> list[Completion]:
         """One prompt's completions, from whichever server; asked again until one has answered.
 
         ConnectionError where that has not helped for timeout_s: then it is the request that servers fail at.
@@ -240,7 +306,7 @@ class RemoteEngine:
                 server = min(ready, key=lambda server: server.load)
                 server.load += 1
             try:
-                return self._completions(server, body)
+                return self._completions(server, body, least)
             except Lost as lost:
                 if not lost.busy:
                     first = first or time.monotonic()
@@ -255,8 +321,12 @@ class RemoteEngine:
                     server.load -= 1
         raise ConnectionAbortedError("another request failed")
 
-    def _completions(self, server: _Server, body: dict) -> list[Completion]:
-        answer = server.ask("POST", "/v1/completions", body | {"weights": self.digest}, self.timeout_s)
+    def _completions(self, server: _Server, body: dict, least: int | None = None) -> list[Completion]:
+        wanted = self.digest
+        if least is not None:
+            wanted = [digest for digest, step in self.known.values() if step >= least]
+        answer = server.ask("POST", "/v1/completions", body | {"weights": wanted}, self.timeout_s)
+        steps = {version: step for version, (_, step) in self.known.items()}
         try:
             completions = []
             for index, choice in enumerate(answer["choices"]):
@@ -266,10 +336,17 @@ class RemoteEngine:
                 good = good and all(type(x) is float and math.isfinite(x) for x in logprobs)
                 good = good and choice["finish_reason"] in ("stop", "length") and isinstance(choice["text"], str)
                 versions = tuple(map(tuple, choice["weight_versions"]))
-                assert good and len(versions) == 1, f"choice {index} is not a completion, or not of one version"
+                assert good and versions, f"choice {index} is not a completion"
+                if least is None:
+                    assert len(versions) == 1, f"choice {index} is not of one version"
+                else:
+                    versions = tuple((steps.get(version, -1), first, last) for version, first, last in versions)
+                    if (oldest := min(versions)[0]) < least:
+                        self.too_old += 1
+                        raise Lost(f"choice {index} is of the weights of step {oldest}, not of {least} or later")
                 completions.append(Completion(ids, logprobs, choice["text"], choice["finish_reason"], versions))
             assert len(completions) == body["n"], f"{len(completions)} completions of {body['n']}"
-        except (KeyError, TypeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise Lost(f"not an answer of ours: {error!r}") from None
         return completions
 

@@ -13,7 +13,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
+    "ahead experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
     "checkpoint layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
@@ -21,6 +21,7 @@ ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
+    "ahead": {"experience", "distributed"},
     "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
@@ -36,7 +37,7 @@ ARROWS = {
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
-    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo")},
+    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo", "server")},
 }
 
 # What else may be imported: at the top of a file, or only inside the function that needs it.

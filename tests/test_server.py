@@ -461,4 +461,4 @@ def test_options_that_cannot_be(tiny, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         config.parse(server.Config, [])
-    assert "--model: required" in capsys.readouterr().err
+    assert "--dtype bfloat16: must be float32 without --model" in capsys.readouterr().err
