@@ -15,7 +15,6 @@ that step. So weights, optimizer, data order and seeds go on to the bit; complet
 as they may between two runs, since it is the clock that decides amid which of them the weights change.
 """
 
-import threading
 from contextlib import nullcontext
 
 import torch
@@ -32,16 +31,14 @@ class Ahead:
 
     def __init__(self, engine, rows: list[dict], config: experience.RolloutOptions, run):
         self.engine, self.rows, self.config, self.run = engine, rows, config, run
-        self.asked = {}  # place of the first prompt -> (completions to come, the oldest step that they may be of)
-        self.over = threading.Event()
+        self.asked = {}  # place of the first prompt -> (what RemoteEngine.ask gave, the oldest step that it may be of)
 
     def __enter__(self) -> "Ahead":
         return self
 
     def __exit__(self, *_) -> None:
-        self.over.set()
         if self.asked:
-            self.engine.close([future for future, _ in self.asked.values()])
+            self.engine.close([given for given, _ in self.asked.values()])
 
     def still(self):
         """Inside, no weights are being sent."""
@@ -67,7 +64,7 @@ class Ahead:
                 part = experience.share(len(rows), world)
                 prompts = [row["prompt_ids"] for row in rows[part]]
                 options = {"n": config.num_generations, "seed": seeds[part], **sampling}
-                self.asked[cursor] = self.engine.ask(least, self.over, prompts, **options), least
+                self.asked[cursor] = self.engine.ask(least, prompts, **options), least
             cursor += config.prompts_per_step
         self.engine.forget(min([least for _, least in self.asked.values()], default=0))
 
@@ -82,7 +79,8 @@ class Ahead:
         return lambda: self._wait(cursor, step)
 
     def _wait(self, cursor: int, step: int) -> list:
-        groups = self.asked[cursor][0].result()
+        (future, _), _ = self.asked[cursor]
+        groups = future.result()
         del self.asked[cursor]
         oldest = min((completion.versions[0][0] for group in groups for completion in group), default=step)
         assert step - oldest <= self.config.max_staleness, f"a sample of step {oldest} at step {step}"

@@ -131,10 +131,10 @@ class RemoteEngine:
             self._renew()
         return self._gather(bodies, threading.Event())
 
-    def ask(self, least: int, over: threading.Event, prompts, n=1, max_tokens=256, seed=0, **options) -> Future:
+    def ask(self, least: int, prompts, n=1, max_tokens=256, seed=0, **options) -> tuple[Future, threading.Event]:
         """`generate` in the background, by weights of step `least` or later: the first token of each completion, the
-        others by no older ones. Their `versions` are steps. `over` ends it."""
-        future, bodies = Future(), self._bodies(prompts, n, max_tokens, seed, options)
+        others by no older ones. Their `versions` are steps. Returns (what comes of it, what ends it)."""
+        future, over, bodies = Future(), threading.Event(), self._bodies(prompts, n, max_tokens, seed, options)
 
         def run() -> None:
             try:
@@ -143,7 +143,7 @@ class RemoteEngine:
                 future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        return future
+        return future, over
 
     @contextmanager
     def updating(self, step: int):
@@ -156,9 +156,11 @@ class RemoteEngine:
         """Nothing that is asked for may be of weights before step `least` any more."""
         self.known = {version: known for version, known in self.known.items() if known[1] >= least}
 
-    def close(self, futures: list[Future]) -> None:
-        """Wait for what has been told that it is over."""
-        while wait(futures, 0.1).not_done:
+    def close(self, asked: list[tuple[Future, threading.Event]]) -> None:
+        """End what was asked for."""
+        for _, over in asked:
+            over.set()
+        while wait([future for future, _ in asked], 0.1).not_done:
             for server in self.servers:
                 server.hang_up()
 
