@@ -19,8 +19,10 @@ float64). Least traffic forward: X and W once. FLOPs: 2 T V D forward, 6 T V D b
 
 import math
 from functools import reduce
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import COLUMNS, fixed_product, product
@@ -78,15 +80,22 @@ class TiledTokenLogprob(torch.autograd.Function):
 
     The exponentials of the first tiles, KEEP bytes of them whatever T and V are, wait for the backward pass, which
     then needs no logits there: p = e 2^(their split's maximum - lse).
+
+    Ranks that share a vocabulary have the tiles of their own rows; forward they exchange the numbers that tiles leave,
+    backward they add up dX.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits=None, likeliest=False):
+    def forward(ctx, hidden, weight, targets, temperature, deterministic, logits, likeliest, vocabulary, group):
+        first = 0
+        if group is not None:
+            bounds = shared_cuts(vocabulary, group, weight)
+            targets = targets - bounds[group.rank()]  # those of other ranks stand in no tile
         multiply = fixed_product if deterministic else product
         T, V, dtype = len(hidden), len(weight), stat_dtype(hidden)
         scale = 1 / (temperature * LN2)  # from a logit to the exponent of 2
         highest, total, weighted = hidden.new_empty((3, -(-V // COLUMNS), T), dtype=dtype)
-        chosen, top = hidden.new_empty(T, dtype=dtype), torch.ones_like(targets, dtype=torch.bool)
+        chosen, top = hidden.new_zeros(T, dtype=dtype), torch.ones_like(targets, dtype=torch.bool)
         kept = KEEP // (max(T, 1) * COLUMNS * hidden.element_size()) if any(ctx.needs_input_grad) else 0
         exponentials = hidden.new_empty(min(kept, len(total)), T, COLUMNS)
         tile, spare = hidden.new_empty((2, ROWS * COLUMNS), dtype=dtype)
@@ -108,17 +117,27 @@ class TiledTokenLogprob(torch.autograd.Function):
                 if c < kept:
                     exponentials[c, rows, : z.shape[1]] = e
                 weighted[c, rows] = e.mul_(z).sum(-1)
+        if group is not None:
+            stats, first = _of_all(torch.stack([highest, total, weighted]), bounds, group)
+            highest, total, weighted = stats
+            torch.distributed.all_reduce(chosen, group=group)
         if likeliest:  # the first of all that are equally likely
-            before = torch.arange(len(highest), device=targets.device)[:, None] < targets // COLUMNS
+            tiles = torch.arange(len(highest), device=targets.device) - first
+            before = tiles[:, None] < targets // COLUMNS
             top &= torch.where(before, highest < chosen, highest <= chosen).all(0)
+            if group is not None:  # the rank that has the target knows
+                top = (top & (targets >= 0) & (targets < V)).byte()
+                torch.distributed.all_reduce(top, group=group)
+                top = top > 0
         shift = (highest - highest.amax(0)) * scale  # from each split's maximum to the overall one
         highest, factor = highest.amax(0), shift.mul(LN2).exp_()  # from here on of a few numbers a token
         weighted = reduce(torch.add, factor * (weighted + shift * total))  # in order, which .sum(0) does not promise
         total = reduce(torch.add, factor * total)
         logprobs = (chosen - highest) / temperature - total.log()
         entropy = total.log() - LN2 * weighted / total
-        ctx.save_for_backward(hidden, weight, targets, highest, total.log2(), entropy, exponentials, shift[:kept])
-        ctx.temperature = temperature
+        stats = highest, total.log2(), entropy
+        ctx.save_for_backward(hidden, weight, targets, *stats, exponentials, shift[first : first + kept])
+        ctx.temperature, ctx.group = temperature, group
         ctx.mark_non_differentiable(top)
         return logprobs, entropy, top
 
@@ -164,8 +183,30 @@ class TiledTokenLogprob(torch.autograd.Function):
                     dw = part if dw is None else dw.to(dtype).add_(part)
             if d_weight is not None:
                 d_weight[columns] = 0 if dw is None else dw
+        if ctx.group is not None:
+            torch.distributed.all_reduce(d_hidden, group=ctx.group)
         d_hidden = torch.zeros_like(all_hidden).index_copy_(0, live, d_hidden.to(hidden.dtype))
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 7
+
+
+def shared_cuts(vocabulary: int, group, weight: Tensor) -> list[int]:
+    """`cuts` for the ranks of a group; ValueError where the weight is not this rank's part, or a part is empty."""
+    ranks, rank = group.size(), group.rank()
+    bounds = cuts(vocabulary, ranks)
+    if min(stop - start for start, stop in pairwise(bounds)) == 0:
+        raise ValueError(f"a vocabulary of {vocabulary} cannot be shared by {ranks} ranks in pieces of {SPLIT}")
+    if len(weight) != bounds[rank + 1] - bounds[rank]:
+        raise ValueError(f"rank {rank} of {ranks} holds {len(weight)} rows of a vocabulary cut at {bounds}")
+    return bounds
+
+
+def _of_all(stats: Tensor, bounds: list[int], group) -> tuple[Tensor, int]:
+    """Every rank's (3, tiles, T) numbers one after the other, and how many tiles come before this rank's own."""
+    tiles = [-(-(stop - start) // COLUMNS) for start, stop in pairwise(bounds)]
+    mine = F.pad(stats, (0, 0, 0, max(tiles) - stats.shape[1]))
+    everyone = [torch.empty_like(mine) for _ in tiles]
+    torch.distributed.all_gather(everyone, mine, group=group)
+    return torch.cat([part[:, :n] for part, n in zip(everyone, tiles)], dim=1), sum(tiles[: group.rank()])
 
 
 def _tile(buffer: Tensor, rows: int, columns: int) -> Tensor:
@@ -198,7 +239,7 @@ def token_logprob(
     logits_TV: what `linear.logits` of the same made in the same mode, where it is at hand; a GPU has no use for it.
     group: the torch.distributed group whose ranks share a vocabulary of so many tokens; weight_VD holds this rank's
         rows of it (`cuts`), and all ranks pass the same hidden states and targets, and get the same results: to the
-        bit those of one device. (d_hidden to the bit if deterministic.) On a GPU only.
+        bit those of one device on a GPU (d_hidden if deterministic), to rounding on a CPU.
     Returns (logprobs_T, entropy_T), float32 (float64 for float64), 0 at ignored positions; both carry gradients.
     """
     if use_triton(hidden_TD):
@@ -211,20 +252,19 @@ def token_logprob(
             options = vocabulary, group, temperature, deterministic
             out = kernels.ShardedTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options)
         return out[0], out[1]
-    if group is not None:
-        raise ValueError("a vocabulary is shared by ranks on a GPU only, by the Triton kernels")
-    return _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV)[:2]
+    options = temperature, deterministic, logits_TV, False, vocabulary, group
+    return _tiled(hidden_TD, weight_VD, targets_T, *options)[:2]
 
 
-def _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV=None, likeliest=False):
+def _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV, *options):
     """TiledTokenLogprob of the scored positions: the others are left out before any work."""
-    options = temperature, deterministic
     scored = (targets_T != IGNORE).nonzero()[:, 0]
     if len(scored) == len(targets_T):
-        return TiledTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options, logits_TV, likeliest)
+        given = hidden_TD, weight_VD, targets_T, temperature, deterministic, logits_TV
+        return TiledTokenLogprob.apply(*given, *options)
     logits_TV = None if logits_TV is None else logits_TV[scored]
-    given = hidden_TD[scored], weight_VD, targets_T[scored]
-    found = TiledTokenLogprob.apply(*given, *options, logits_TV, likeliest)
+    given = hidden_TD[scored], weight_VD, targets_T[scored], temperature, deterministic, logits_TV
+    found = TiledTokenLogprob.apply(*given, *options)
     return tuple(x.new_zeros(len(targets_T)).index_copy(0, scored, x) for x in found)
 
 
@@ -237,6 +277,8 @@ def token_logprob_sum(
     entropy_weights_T: Tensor | None = None,
     temperature: float = 1.0,
     deterministic: bool = False,
+    vocabulary: int | None = None,
+    group=None,
 ):
     """sum_t (weights_t log-prob_t + entropy_weights_t entropy_t): for losses known before the forward pass, as SFT's.
 
@@ -252,7 +294,11 @@ def token_logprob_sum(
         check(hidden_TD, weight_VD)
         from . import token_logprob_triton as kernels
 
-        if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
+        if group is not None:
+            options = vocabulary, group, temperature, deterministic
+            out = kernels.ShardedTokenLogprob.apply(hidden_TD, weight_VD, targets_T, *options)
+            total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
+        elif torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
             sums = g.float(), h.float(), temperature, deterministic
             total, out, *_ = kernels.token_logprob_sum_op(hidden_TD, weight_VD, targets_T, *sums)
         else:
@@ -260,7 +306,8 @@ def token_logprob_sum(
             total = torch.where(scored_T, g * out[0] + h * out[1], 0).sum()
         out = out.detach()
         return total, out[0], out[1], scored_T & (out[0] >= -LN2 * out[3])  # the likeliest has log-prob -log s
-    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, temperature, deterministic, likeliest=True)
+    options = temperature, deterministic, None, True, vocabulary, group
+    logprobs, entropy, top = _tiled(hidden_TD, weight_VD, targets_T, *options)
     total = torch.where(scored_T, g * logprobs + h * entropy, 0).sum()
     return total, logprobs.detach(), entropy.detach(), top
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .matmul_triton import described, grouped, load_tile, matmul_op, rows_of, settled
 from .targets import config
-from .token_logprob import IGNORE, SPLIT, cuts
+from .token_logprob import IGNORE, SPLIT, cuts, shared_cuts
 
 CHUNK = 8 * SPLIT  # columns of dZ that are held at a time
 KEPT_ROWS = 1024  # tokens whose whole rows are held at a time, where gradients are computed in the forward pass
@@ -398,11 +398,7 @@ class ShardedTokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, shard, targets, vocabulary, group, temperature, deterministic):
         ranks, rank = group.size(), group.rank()
-        bounds = cuts(vocabulary, ranks)
-        if len(shard) != bounds[rank + 1] - bounds[rank]:
-            raise ValueError(f"rank {rank} of {ranks} holds {len(shard)} rows of a vocabulary cut at {bounds}")
-        if min(stop - start for start, stop in pairwise(bounds)) == 0:
-            raise ValueError(f"a vocabulary of {vocabulary} cannot be shared by {ranks} ranks in pieces of {SPLIT}")
+        bounds = shared_cuts(vocabulary, group, shard)
         if deterministic and SLABS % ranks:
             raise ValueError(f"the deterministic mode shares a vocabulary among 1, 2, 4 or {SLABS} ranks, not {ranks}")
         scored = (targets != IGNORE).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Sampling goes on while the policy is trained: --max_staleness S, with --rollout_server.
+"""Which prompts are sampled when; and how that goes on while the policy is trained: --max_staleness S.
 
     step     t                          t + 1                          t + 2
     here     train on generation t      train on generation t + 1      ...          then send the weights, and go on
@@ -19,8 +19,43 @@ from contextlib import nullcontext
 
 import torch
 
-from . import experience
+from . import data, experience
 from .distributed import sum_
+
+
+def asked(rows, cursor: int, config: experience.RolloutOptions) -> tuple[list, list[int], dict]:
+    """(rows, seeds, sampling options) of the `prompts_per_step` prompts at place `cursor` and behind it."""
+    places = range(cursor, cursor + config.prompts_per_step)
+    sampling = {name: getattr(config, name) for name in experience.SAMPLING_OPTIONS}
+    chosen = [rows[i] for i in data.order(len(rows), places.start, len(places), config.seed)]
+    sampling["max_tokens"] = config.max_completion_length
+    return chosen, [data.seed_of(config.seed, place) for place in places], sampling
+
+
+def generate(
+    engine, rows, cursor: int, functions, config: experience.RolloutOptions, run, step: int, number: int = 0, sampled=None
+) -> experience.Rollouts:
+    """Rollouts of the `prompts_per_step` prompts at place `cursor` and behind it, with rewards, advantages left at 0.
+
+    number: generations that came before this one in the same step.
+    sampled: gives this process's completions, where they were asked for before (`Ahead.take`).
+    """
+    rows, seeds, sampling = asked(rows, cursor, config)
+    return experience.generate_and_score(
+        engine,
+        rows,
+        seeds,
+        functions,
+        torch.tensor(config.reward_weights or (1.0,) * len(functions)),
+        run.world,
+        num_generations=config.num_generations,
+        step=step,
+        timeout_s=config.reward_timeout,
+        sampling=sampling,
+        overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
+        first_index=number * config.prompts_per_step * config.num_generations,
+        sampled=sampled,
+    )
 
 
 class Ahead:
@@ -50,7 +85,7 @@ class Ahead:
 
     def ask(self, cursor: int, step: int) -> None:
         """Have sampled what may be by now, when `step` steps are done and the next place in the data is `cursor`."""
-        config, world, each = self.config, self.run.world, self.config.num_iterations
+        config, each = self.config, self.config.num_iterations
         if not config.max_staleness:
             return
         if not self.engine.known:  # the first time
@@ -60,8 +95,8 @@ class Ahead:
         for use in range(-(-step // each) * each, last + 1, each):  # the step that is the first to train on it
             if cursor not in self.asked:
                 least = max(0, use - config.max_staleness)
-                rows, seeds, sampling = experience.asked(self.rows, cursor, config)
-                part = experience.share(len(rows), world)
+                rows, seeds, sampling = asked(self.rows, cursor, config)
+                part = experience.share(len(rows), self.run.world, self.engine)
                 prompts = [row["prompt_ids"] for row in rows[part]]
                 options = {"n": config.num_generations, "seed": seeds[part], **sampling}
                 self.asked[cursor] = self.engine.ask(least, prompts, **options), least

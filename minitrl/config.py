@@ -86,6 +86,7 @@ class CommonOptions:
     replicate: int | None = None  # processes that hold the same and divide the data; none: what is left
     shard: int | None = None  # processes that divide parameters, gradients and optimizer state (FSDP2), and the data
     tensor: int = 1  # processes that divide every matrix and compute one part of the data together
+    cpu_offload: bool = False  # with shard: parameters, gradients, optimizer state wait in the machine's memory
     use_peft: bool = False  # train low-rank adapters (LoRA) beside the frozen model, and nothing else
     adapter: str | None = None  # folder of an adapter to start from, whose rank, alpha and targets hold; none: fresh
     lora_r: int = 16  # rank of the adapters
@@ -149,6 +150,11 @@ class CommonOptions:
         warms_up = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
         require(warms_up, "warmup_steps", self.warmup_steps, "0 with --lr_scheduler_type constant, or choose "
                 "constant_with_warmup")  # transformers ignores the warm-up here without a word
+
+    def check_mesh(self, world) -> None:
+        """ValueError for what cannot be done on this mesh, once it is known."""
+        self.must(not (self.use_peft and world.divides), "use_peft", "off with --shard or --tensor above 1")
+        self.must(world.shard.size > 1 or not self.cpu_offload, "cpu_offload", "off without --shard above 1")
 
     def must(self, hold: bool, name: str, rule: str) -> None:
         """`require` for one of these options."""

@@ -63,6 +63,14 @@ class World:
         """The processes among which every matrix is divided."""
         return self.parts.get("tensor", World(0, 1, self.device))
 
+    @property
+    def divides(self) -> bool:
+        """Whether a process holds a part of the weights alone."""
+        return self.shard.size * self.tensor.size > 1
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
 
 def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -> World:
     """Join the other processes. `device` is auto, cpu or cuda; `timeout_s` bounds every wait for another process.
@@ -138,10 +146,64 @@ def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> Wor
     return World(world.rank, world.size, world.device, None, parts)
 
 
+def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -> None:
+    """Divide a model's parameters over world.shard, by FSDP2: each block's, and those around the blocks.
+
+    A block's are gathered, in `dtype`, as its forward and backward pass need them; gradients are summed over world.data
+    in float32 (float64 for a float64 model), not averaged, and each process keeps those of its own part. `cpu_offload`
+    keeps parameters, gradients and so the optimizer in the CPU's memory.
+    """
+    if world.shard.size == 1:
+        return
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method,
+    )  # fmt: skip
+
+    ranks = torch.arange(world.size).view(-1, world.shard.size, world.tensor.size)[:, :, world.tensor.rank]
+    if world.replicate.size > 1:
+        names, groups, ranks = ("replicate", "shard"), [world.replicate.group, world.shard.group], ranks.tolist()
+    else:
+        names, groups, ranks = ("shard",), world.shard.group, None
+    mesh = DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=names)
+    kept, rounded = OffloadPolicy(), MixedPrecisionPolicy()
+    if cpu_offload:
+        kept = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    if dtype.itemsize < 4:
+        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": rounded, "offload_policy": kept}
+    for block in model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in (model, *model.layers):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for method in ("logprobs", "logprob_sum", "values", "logits"):
+        register_fsdp_forward_method(model, method)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter or gradient that FSDP2 has divided, in the same memory; else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keepers(world: World, timeout_s: float) -> World | None:
+    """The processes that together hold one whole, in a group of their own on the CPU, for work beside the training.
+
+    They are the first of `replicate`; on the others None. All processes call this.
+    """
+    size = world.shard.size * world.tensor.size
+    if size == 1:
+        return ALONE if world.rank == 0 else None
+    with _named("while those who save meet", world):
+        group = dist.new_group(range(size), timedelta(seconds=timeout_s), backend="gloo")
+    return World(world.rank, size, ALONE.device, group, world.parts) if world.rank < size else None
 
 
 def sum_(tensors: list[Tensor], world: World) -> None:
@@ -217,6 +279,22 @@ def barrier(world: World, what: str = "at a barrier") -> None:
             dist.all_reduce(torch.zeros(1, device=world.device), group=world.group)
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)
+
+
+def meet(world: World, what: str, timeout_s: float = 30.0) -> None:
+    """Wait so long, and no longer, until all are here; on the CPU. The ConnectionError says which rank is not."""
+    if world.size > 1:
+        with _named(what, world):
+            dist.monitored_barrier(world.group, timedelta(seconds=timeout_s))
+
+
+def carry(tensor: Tensor, source: int, target: int, world: World) -> None:
+    """On rank `source` send the tensor to rank `target`, which receives it in its own; it is contiguous."""
+    with _named(f"carrying a tensor from rank {source} to {target}", world):
+        if world.rank == source:
+            dist.send(tensor, group=world.group, group_dst=target)
+        else:
+            dist.recv(tensor, group=world.group, group_src=source)
 
 
 class _Gather(torch.autograd.Function):

@@ -29,6 +29,7 @@ from torch import Tensor
 from . import checkpoint, data, distributed, lora, losses, pairs, runs, toy, training
 from .config import parse
 from .rollout import context_length
+from .state import load_state, save_state
 
 
 @dataclass
@@ -101,8 +102,8 @@ def load(config: Config, run):
     world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
-        return policy, tokenizer, *toy.preferences(config.seed)
-    policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        return training.divided(policy, tokenizer, config, world), tokenizer, *toy.preferences(config.seed)
+    policy, tokenizer = training.load_model(config, world)
     lora.adapt(policy, config, world)
     tokenizer.now = run.began
     return policy, tokenizer, *pairs.load(config, tokenizer, context_length(policy.config), world)
@@ -120,7 +121,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
     name = hashlib.sha256("".join(key.values()).encode()).hexdigest()[:16]
     folder = f"{config.reference_cache or f'{config.output_dir}/reference'}/{name}"
     try:
-        found = checkpoint.load_state(folder)
+        found = load_state(folder)
     except ValueError as error:
         distributed.print0(run.world, f"reference: computed again, since {error}")
         found = None
@@ -131,7 +132,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
         logprobs_N2 = score(policy, rows, config, run.world)
     if run.world.rank == 0:
         try:
-            checkpoint.save_state(folder, 0, {"reference": {"logprobs": logprobs_N2}}, key)
+            save_state(folder, 0, {"reference": {"logprobs": logprobs_N2}}, key)
         except OSError as error:  # another run on the same folder, or no room: the next one computes them again
             print(f"reference: its log-probs are not kept: {error}", flush=True)
     return logprobs_N2
@@ -143,7 +144,7 @@ def score(policy, rows: list[dict], config: Config, world) -> Tensor:
     logprobs_N2 = torch.zeros(len(rows), 2, device=world.device)
     for members, pack in pairs.batches(rows, config, world):
         logprobs_N2[members] = answer_logprobs(policy, pack)[0].float()
-    distributed.sum_([logprobs_N2], world)
+    distributed.sum_([logprobs_N2], world.data)
     return logprobs_N2.cpu()
 
 
@@ -151,7 +152,7 @@ def answer_logprobs(policy, pack) -> tuple[Tensor, Tensor]:
     """(P, 2) float32, the log-probs of the pack's chosen and rejected answers; and the sum of all tokens' entropies."""
     logprobs_T, entropy_T = policy.logprobs(pack, pack.completion_T)
     sums_B = torch.stack([part.sum() for part in logprobs_T.split(pack.lengths)])
-    return sums_B.view(-1, 3)[:, 1:], entropy_T.detach().sum()  # prompt, chosen, rejected
+    return pairs.of_answers(sums_B, pack), entropy_T.detach().sum()
 
 
 def learn(policy, rows, reference_P2, indices, config: Config, world, state: dict, step: int | None) -> dict:
@@ -185,7 +186,7 @@ def learn(policy, rows, reference_P2, indices, config: Config, world, state: dic
         logprobs_P2[members] = logprobs.detach().float()
         entropy += entropies.float()
         offending += [p for p, sound in zip(members, logprobs.isfinite().all(1).tolist()) if not sound]
-    distributed.sum_([logprobs_P2, entropy], world)
+    distributed.sum_([logprobs_P2, entropy], world.data)
     logprobs_P2 = logprobs_P2.cpu()
     rewards_P2 = config.beta * (logprobs_P2 - reference_P2)
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, lora, rewards, toy
+from . import checkpoint, data, lora, rewards, toy, training
 from .config import CommonOptions, require
 from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
@@ -44,6 +44,7 @@ class RolloutOptions(CommonOptions):
     rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     max_staleness: int = 0  # steps that weights may be behind which samples come from; 0: sample and train by turns
+    rollout_tensor: int | None = None  # processes that divide every matrix of the sampler; none: --tensor
     rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
     deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
     overlong_cache: int | None = None  # the reward falls by 1 over so many last tokens of max_completion_length (DAPO)
@@ -65,9 +66,18 @@ class RolloutOptions(CommonOptions):
         count = len(self.reward)
         self.must(count > 0, "reward", "the name of a built-in reward, or file.py:function")
         self.must(len(self.reward_weights) in (0, count), "reward_weights", f"{count} numbers, one for each reward")
+        alone = self.rollout_tensor is None or not self.rollout_server
+        self.must(alone, "rollout_tensor", "left out with --rollout_server, whose processes have their own")
         self.check_data()
         short = self.model is not None or self.max_prompt_length == 512
         self.must(short, "max_prompt_length", "left out without --model: its prompts are short")
+
+    def check_mesh(self, world) -> None:
+        super().check_mesh(world)
+        parts = 1 if self.rollout_tensor is None else self.rollout_tensor
+        divides, whole = parts >= 1 and world.size % parts == 0, self.use_peft or self.deterministic
+        self.must(divides, "rollout_tensor", f"a divisor of {world.size}, the number of processes")
+        self.must(parts == 1 or not whole, "rollout_tensor", "1 with --use_peft or --deterministic")
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class Rollouts:
         """A micro-batch [(p, [g, ...]), ...] as a Pack, and where in R its completion tokens stand, in pack order."""
         prompts = [self.prompt(p) for p, _ in micro_batch]
         completions = [[self.completion(p, g) for g in members] for p, members in micro_batch]
-        spans = [self.span(p, g) for p, members in micro_batch for g in members]
+        spans = [self.span(p, g) for p, members in micro_batch for g in members] or [slice(0, 0)]
         indices = torch.cat([torch.arange(span.start, span.stop) for span in spans])
         return pack_groups(prompts, completions, device), indices
 
@@ -132,11 +142,12 @@ class Rollouts:
         completions = [[self.completion(p, g) for g in members] for p, members in parts]
         return {"groups": [{"prompt": self.prompt(p), "completions": c} for (p, _), c in zip(parts, completions)]}
 
-    def plan(self, chosen_PG: Tensor, capacity: int, ranks: int) -> list[list]:
-        """Per rank its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
+    def plan(self, chosen_PG: Tensor, capacity: int, world: World) -> list[list]:
+        """Per rank of world.data its micro-batches, each [(p, [g, ...]), ...], of the chosen completions (bool)."""
         members = [row.nonzero()[:, 0].tolist() for row in chosen_PG]
         lengths = [self.lengths_PG[p, chosen].tolist() for p, chosen in enumerate(members)]
-        plan = plan_micro_batches(self.prompt_lengths_P.tolist(), lengths, capacity, ranks)
+        ranks, even = world.data.size, world.shard.size > 1
+        plan = plan_micro_batches(self.prompt_lengths_P.tolist(), lengths, capacity, ranks, even)
         return [[[(p, [members[p][i] for i in chosen]) for p, chosen in batch] for batch in rank] for rank in plan]
 
 
@@ -194,26 +205,36 @@ def has_signal(rewards_PG: Tensor) -> Tensor:
     return highest > lowest
 
 
+def load_policy(config: RolloutOptions, world: World):
+    """(policy, tokenizer) as training starts: --model's, or the embedded default's."""
+    if config.model is None:
+        policy, tokenizer = toy.build(config.seed, world.device, log=partial(print0, world))
+        return training.divided(policy, tokenizer, config, world), tokenizer
+    policy, tokenizer = training.load_model(config, world)
+    lora.adapt(policy, config, world)
+    return policy, tokenizer
+
+
+def reference_of(policy, config: RolloutOptions, world: World):
+    """`lora.reference_of`, before training; what is divided among processes cannot be copied, and is loaded again."""
+    return load_policy(config, world)[0].requires_grad_(False) if world.divides else lora.reference_of(policy)
+
+
 def load(config: RolloutOptions, run):
     """(policy, tokenizer, rows and reward functions to train with, those to evaluate with): as asked, or embedded."""
     world = run.world
     functions = rewards.load_rewards(config.reward)
     eval_functions = rewards.load_rewards(config.eval_reward, "--eval_reward") if config.eval_reward else functions
-    if config.model is None:
-        policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: print0(world, text))
-        rows, eval_rows = toy.datasets(config.seed)
-    else:
-        policy, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
-        lora.adapt(policy, config, world)
-        tokenizer.now = run.began
-        rows, eval_rows = [], []
-        for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
-            if path:
-                loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
-                into += loaded
-                if dropped:
-                    limit = f"--max_prompt_length {config.max_prompt_length}"
-                    print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
+    policy, tokenizer = load_policy(config, world)
+    tokenizer.now = run.began
+    rows, eval_rows = toy.datasets(config.seed) if config.model is None else ([], [])
+    for path, into in ((config.dataset, rows), (config.eval_dataset, eval_rows)):
+        if path:
+            loaded, dropped = data.load_prompts(path, tokenizer, config.max_prompt_length)
+            into += loaded
+            if dropped:
+                limit = f"--max_prompt_length {config.max_prompt_length}"
+                print0(world, f"{path}: {dropped} prompts are above {limit} and left out")
     if config.deterministic:
         policy.make_deterministic()
     longest = max(len(row["prompt_ids"]) for row in rows + eval_rows)
@@ -239,44 +260,10 @@ def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
     return found | rewards.fingerprints(config.reward + config.eval_reward)
 
 
-def asked(rows, cursor: int, config: RolloutOptions) -> tuple[list, list[int], dict]:
-    """(rows, seeds, sampling options) of the `prompts_per_step` prompts at place `cursor` and behind it."""
-    places = range(cursor, cursor + config.prompts_per_step)
-    sampling = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
-    chosen = [rows[i] for i in data.order(len(rows), places.start, len(places), config.seed)]
-    sampling["max_tokens"] = config.max_completion_length
-    return chosen, [data.seed_of(config.seed, place) for place in places], sampling
-
-
-def share(count: int, world: World) -> slice:
-    """Which of so many prompts this process samples for."""
-    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
-
-
-def generate(
-    engine, rows, cursor: int, functions, config: RolloutOptions, run, step: int, number: int = 0, sampled=None
-) -> Rollouts:
-    """Rollouts of the `prompts_per_step` prompts at place `cursor` and behind it, with rewards, advantages left at 0.
-
-    number: generations that came before this one in the same step.
-    sampled: gives this process's completions, where they were asked for before (ahead.py).
-    """
-    rows, seeds, sampling = asked(rows, cursor, config)
-    return generate_and_score(
-        engine,
-        rows,
-        seeds,
-        functions,
-        torch.tensor(config.reward_weights or (1.0,) * len(functions)),
-        run.world,
-        num_generations=config.num_generations,
-        step=step,
-        timeout_s=config.reward_timeout,
-        sampling=sampling,
-        overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
-        first_index=number * config.prompts_per_step * config.num_generations,
-        sampled=sampled,
-    )
+def share(count: int, world: World, engine) -> slice:
+    """Which of so many prompts this process samples for, with those that it divides the sampler with."""
+    teams, team = world.size // engine.tensor.size, world.rank // engine.tensor.size
+    return slice(count * team // teams, count * (team + 1) // teams)
 
 
 def warn(parts: list[Rollouts], config: RolloutOptions, run, step: int) -> bool:
@@ -298,7 +285,8 @@ def generate_and_score(
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
-    An error on one rank, say in a reward, is an error on all.
+    The processes that divide a model among them (engine.tensor) sample together, and the first of them rewards. An
+    error on one rank, say in a reward, is an error on all.
 
     rows: P rows of `data.load_prompts`, the same on every rank.
     seeds: P ints; a completion depends on its prompt's seed and its own number.
@@ -309,14 +297,14 @@ def generate_and_score(
     sampled: in place of the engine's `generate`, gives this process's completions; their versions are steps.
     """
     P, G = len(rows), num_generations
-    part = share(P, world)
+    part = share(P, world, engine)
     mine = rows[part]
     prompts = [row["prompt_ids"] for row in mine]
-    repeated = [row for row in mine for _ in range(G)]
+    repeated = [row for row in mine for _ in range(G)] if engine.tensor.rank == 0 else []
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
         groups = sampled() if sampled else engine.generate(prompts, n=G, seed=seeds[part], **sampling)
-        completions = [completion for group in groups for completion in group]
+        completions = [completion for group in groups for completion in group if engine.tensor.rank == 0]
         rewards_NF = rewards.score(
             functions,
             timeout_s,
@@ -360,11 +348,11 @@ def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) 
     """
     dtype = torch.promote_types(model.embed_tokens.weight.dtype, torch.float32)
     found = torch.zeros(count, len(rollouts.tokens_R), dtype=dtype)
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
         found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
-    sum_([found], world)
+    sum_([found], world.data)
     return list(found)
 
 
@@ -479,7 +467,7 @@ def save(run, step: int, cursor: int, rollouts: Rollouts | None, known: dict[str
     if rollouts is not None:
         tensors["rollouts"] = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
         tensors["known"] = known
-    run.save(step, tensors, {"cursor": cursor})
+    run.save(step, tensors, {"cursor": cursor}, optimizer.held)
 
 
 @torch.no_grad()
@@ -488,7 +476,7 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
 
     The optimizer, and with it the models, and the tensors in `more` are put back in place.
     """
-    step, tensors, state = run.load(total, given) or (0, {}, {"cursor": 0})
+    step, tensors, state = run.load(total, given, optimizer.held) or (0, {}, {"cursor": 0})
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():

@@ -16,6 +16,7 @@ Without --model and --dataset a tiny model learns a tiny task within minutes on 
     torchrun --nproc_per_node 8 -m minitrl.grpo --model Qwen/Qwen3-0.6B --dataset math.jsonl --reward rewards.py:correct
 """
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.start(config.device, config.timeout, config.mesh)
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
-    reference = lora.reference_of(policy) if config.beta else None
+    reference = experience.reference_of(policy, config, world) if config.beta else None
     mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
@@ -99,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now, or was lately
                 with run.timed("rollout"):
-                    given = engine, samples, rows, cursor, functions, config, run, step
-                    rollouts, drawn = generate(*given, left_out := [])
+                    given = engine, rows, cursor, functions, config, run, step
+                    rollouts, drawn = generate(*given, left_out := [], samples)
                 known = {}
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
                 with samples.updating(step + 1):
-                    metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
+                    metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
             samples.ask(cursor, step)
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
@@ -134,12 +135,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(
-    engine, samples, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None
+    engine, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None, samples=None
 ) -> tuple[Rollouts, int]:
     """Rollouts of the next prompts, with rewards and advantages, and the new cursor: prompts drawn so far.
 
-    `samples` may have been asked for them (ahead.Ahead).
     `left_out` gets the groups that were sampled and not kept: a Rollouts, perhaps of none, for each generation.
+    `samples`: an `ahead.Ahead`, which may have been asked for them.
 
     With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by
     those of further prompts, a bounded number of times; what still lacks is filled up with them, so that every step
@@ -147,8 +148,8 @@ def generate(
     """
     parts, live, flat = [], [], []
     while len(live) < config.prompts_per_step and len(parts) <= config.dynamic_sampling:
-        sampled = samples.take(cursor, step)
-        part = experience.generate(engine, rows, cursor, functions, config, run, step, len(parts), sampled)
+        sampled = samples.take(cursor, step) if samples else None
+        part = ahead.generate(engine, rows, cursor, functions, config, run, step, len(parts), sampled)
         cursor += config.prompts_per_step
         for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
             (live if signal else flat).append((len(parts), p))
@@ -173,7 +174,7 @@ def counted(rollouts: Rollouts, config: Config) -> Tensor:
 
 
 def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
-    """Per rank its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
+    """Per rank of world.data its micro-batches, each [(p, [g, ...]), ...], of the completions that have a gradient.
 
     Where nothing but the advantage pulls at a completion and that is 0, its gradient is exactly 0: no pass is spent on
     it. (It still counts in the normaliser. bnpo divides by each micro-batch's own tokens and the entropy quantile is
@@ -182,7 +183,7 @@ def micro_batches(rollouts: Rollouts, config: Config, world) -> list[list]:
     trained = counted(rollouts, config)
     if not config.beta and not config.entropy_coef and config.loss_type != "bnpo" and config.top_entropy_quantile == 1:
         trained = trained & (rollouts.advantages_PG != 0)
-    return rollouts.plan(trained, config.tokens_per_microbatch, world.size)
+    return rollouts.plan(trained, config.tokens_per_microbatch, world)
 
 
 def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config: Config, run, step: int) -> dict:
@@ -201,7 +202,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     counts = {
         "tokens": int(rollouts.lengths_PG[counted_PG].sum()),
         "sequences": int(counted_PG.sum()),
-        "micro_batches": sum(map(len, plan)),
+        "micro_batches": sum(map(bool, itertools.chain(*plan))),  # the empty ones do not count
     }
     options = {name: getattr(config, name) for name in LOSS_OPTIONS}
     if config.top_entropy_quantile < 1:  # of the whole step: one more pass, before the first backward
@@ -213,7 +214,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
     per_token_R = {"advantages": advantages_R, "sampler": rollouts.sampler_logprobs_R, **known}
     new_R = torch.zeros(len(rollouts.tokens_R))
     sums, largest, offending = Counter(), torch.zeros(1), []
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)  # C: the micro-batch's completion tokens
         mask_T = pack.completion_T
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
@@ -242,7 +243,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         new_R[index_C] = logprobs_T.detach()[mask_T].float().cpu()
         if on_policy:
             difference_C = new_R[index_C] - rollouts.sampler_logprobs_R[index_C]
-            largest = torch.maximum(largest, difference_C.abs().max())
+            largest = torch.cat([largest, difference_C.abs()]).amax(0, keepdim=True)
             sums["sampling/sampling_logp_difference/mean"] += difference_C.abs().sum().item()
             sums["sampling/kl"] += (difference_C.expm1() - difference_C).sum().item()  # k3 of KL(sampler, trainer)
         sums["entropy"] += entropy_T.detach().sum().item()
@@ -251,7 +252,7 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
         for name, share in shares.items():
             sums[name] += share.item()
     if on_policy and config.num_iterations > 1:
-        distributed.sum_([new_R], world)
+        distributed.sum_([new_R], world.data)
         known["old"] = new_R
     metrics = step_metrics(sums, largest, on_policy, config, world)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
@@ -267,7 +268,7 @@ def step_metrics(sums: Counter, largest: Tensor, on_policy: bool, config: Config
     means += ["sampling/importance_sampling_ratio/mean"] * config.vllm_importance_sampling_correction
     names = ["trained_tokens", *shares, *means]
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=world.device)
-    distributed.sum_([totals], world)
+    distributed.sum_([totals], world.data)
     tokens, *totals = totals.tolist()
     metrics = {"trained_tokens": int(tokens)} | dict(zip(shares, totals))
     if tokens:

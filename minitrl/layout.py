@@ -15,13 +15,50 @@ speaks of boxes:
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from .distributed import World
 from .kernels.token_logprob import cuts
-from .model import ModelConfig, hf_tensors
+from .model import Model, ModelConfig
 
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
 COLUMNS = ("o_proj", "down_proj")
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+VOCABULARY = ("embed_tokens", "lm_head")
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:
+    """Tensor name in a Hugging Face checkpoint -> (our parameter, its rows or None for all, the tensor's shape)."""
+    width, ffn, size = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    tensors = {
+        "model.embed_tokens.weight": ("embed_tokens.weight", None, (config.vocab_size, width)),
+        "model.norm.weight": ("norm.weight", None, (width,)),
+    }
+    if config.scalar_head:
+        tensors["score.weight"] = ("score.weight", None, (1, width))
+    elif not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = ("lm_head.weight", None, (config.vocab_size, width))
+    projections = [  # theirs, ours, rows from, rows to, columns, bias
+        ("self_attn.q_proj", "qkv_proj", 0, q, width, config.qkv_bias),
+        ("self_attn.k_proj", "qkv_proj", q, q + kv, width, config.qkv_bias),
+        ("self_attn.v_proj", "qkv_proj", q + kv, q + 2 * kv, width, config.qkv_bias),
+        ("self_attn.o_proj", "o_proj", 0, width, q, config.o_bias),
+        ("mlp.gate_proj", "gate_up_proj", 0, ffn, width, config.mlp_bias),
+        ("mlp.up_proj", "gate_up_proj", ffn, 2 * ffn, width, config.mlp_bias),
+        ("mlp.down_proj", "down_proj", 0, width, ffn, config.mlp_bias),
+    ]
+    norms = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
+    head_norms = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"} if config.qk_norm else {}
+    for layer in range(config.num_hidden_layers):
+        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+        for name, parameter, start, end, columns, bias in projections:
+            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", slice(start, end), (end - start, columns))
+            if bias:
+                tensors[f"{theirs}{name}.bias"] = (f"{ours}{parameter}.bias", slice(start, end), (end - start,))
+        for name, parameter in (norms | head_norms).items():
+            shape = (size if name in head_norms else width,)
+            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", None, shape)
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -50,6 +87,14 @@ class Box:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What of a parameter a process holds: the shape of its own tensor, and the boxes that fill it."""
+
+    shape: tuple[int, ...]
+    boxes: list[Box]
 
 
 def place_of(world: World) -> Place:
@@ -85,9 +130,24 @@ def boxes(config: ModelConfig, place: Place = Place()) -> list[Box]:
     return found
 
 
-def same_everywhere(tensor: str) -> bool:
-    """Whether a checkpoint's tensor is held whole by each process of `tensor`."""
-    return _cut_by(tensor) is None
+def held(module: nn.Module, place: Place, shapes: dict[str, tuple[int, ...]]) -> dict[str, Held]:
+    """Of each parameter in `shapes`, all of their own on this process, what it is; without those of no checkpoint.
+
+    module: a model, or what holds several. An adapter's parameters are of no checkpoint.
+    """
+    found = {}
+    for path, model in module.named_modules():
+        if isinstance(model, Model):
+            prefix = f"{path}." if path else ""
+            found |= {prefix + box.parameter: [] for box in boxes(model.config)}
+            for box in boxes(model.config, place):
+                found[prefix + box.parameter].append(box)
+    return {name: Held(tuple(shape), found[name]) for name, shape in shapes.items() if name in found}
+
+
+def same_everywhere(name: str) -> bool:
+    """Whether a tensor, the checkpoint's or ours, is held whole by each process of `tensor`."""
+    return _cut_by(name) is None
 
 
 def common(one: Box, other: Box) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -99,14 +159,14 @@ def common(one: Box, other: Box) -> tuple[tuple[int, int], tuple[int, int]] | No
     return (rows, columns) if rows[0] < rows[1] and columns[0] < columns[1] else None
 
 
-def _cut_by(tensor: str) -> str | None:
-    if tensor in VOCABULARY:
+def _cut_by(name: str) -> str | None:
+    parent, _, kind = name.rpartition(".")
+    module = parent.rpartition(".")[2]
+    if module in VOCABULARY:
         return "vocabulary"
-    parent, _, kind = tensor.rpartition(".")
-    projection = parent.rpartition(".")[2]
-    if projection in ROWS:
+    if module in ROWS:
         return "rows"
-    return "columns" if projection in COLUMNS and kind == "weight" else None
+    return "columns" if module in COLUMNS and kind == "weight" else None
 
 
 def _part(size: int, part: int, parts: int) -> tuple[int, int]:

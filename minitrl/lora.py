@@ -29,14 +29,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import checkpoint, runs
+from . import checkpoint, disk, runs
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from .config import parse
-from .distributed import World, print0
-from .model import Linear, Model, hf_tensors
+from .distributed import ALONE, World, print0
+from .layout import hf_tensors
+from .model import Linear, Model
 from .tokenizer import Tokenizer, read_json, write_json
 
 MERSENNE = 2**31 - 1  # a product of two numbers below it fits into int64
@@ -206,21 +206,26 @@ def merge_(model: Model) -> None:
     model.adapters = None
 
 
-def save(model: Model, tokenizer: Tokenizer, folder) -> str:
-    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which."""
+def save(model: Model, tokenizer: Tokenizer, folder, dtype: torch.dtype | None = None, world: World = ALONE) -> str:
+    """Write a Hugging Face folder, or, of a model with adapters, a PEFT one of what was trained; returns which.
+
+    dtype, world: see checkpoint.save. Adapters are the same on all, and keep their dtype.
+    """
     if model.adapters is None:
-        checkpoint.save(model, tokenizer, folder)
+        checkpoint.save(model, tokenizer, folder, dtype, world=world)
         return "Hugging Face"
     head = model.score is not None
     plain = {"peft_type": "LORA", "bias": "none", "lora_dropout": model.adapters.dropout, "inference_mode": True,
              "modules_to_save": ["classifier", "score"] if head else None,
              "task_type": "SEQ_CLS" if head else "CAUSAL_LM"}  # fmt: skip
     checkpoint.refuse_strangers(folder)
-    with checkpoint.published(Path(os.path.realpath(folder))) as temporary:
+    base = digest(model)
+    with disk.published(Path(os.path.realpath(folder)), world) as temporary:
+        if world.rank:
+            return "PEFT"
         write_json(temporary / ADAPTER_CONFIG, model.adapters.settings | plain)
         tokenizer.save(temporary)
-        named = {name: p.detach().cpu().contiguous() for name, p in tensors(model).items()}
-        save_file(named, temporary / ADAPTER_FILE, metadata={"format": "pt", "base": digest(model)})
+        disk.write_whole(temporary / ADAPTER_FILE, tensors(model), {"format": "pt", "base": base})
     return "PEFT"
 
 
@@ -244,7 +249,7 @@ def load(model: Model, folder, dropout: float = 0.0, seed: int = 0) -> None:
     if not (numbers and isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)):
         raise ValueError(f"{path}: {wanted} must be a rank, a number above 0 and a list of names")
     attach(model, wanted, dropout, seed, where=f"{path}: target_modules")
-    with checkpoint.opened(file) as found:
+    with disk.opened(file) as found:
         expected, there = tensors(model), {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}
         for name in sorted(expected.keys() | there.keys()):
             shape = tuple(expected[name].shape) if name in expected else "absent"

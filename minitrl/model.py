@@ -11,20 +11,28 @@
 There is one forward pass. What differs between training, prefill and decoding is the function `attend` that it is
 given: attention over a pack, or the same with keys and values written to and read from a cache. The q, k, v and the
 gate, up matrices are stored as one matrix each, since a few large products are faster than many small ones;
-`hf_tensors` says which rows of ours are which tensor of a checkpoint.
+layout.py says which rows of ours are which tensor of a checkpoint.
+
+Several processes can hold a slice of every matrix each and compute together (`tensor`; Megatron's form, arXiv
+1909.08053 and 2205.05198): q, k, v, gate and up by heads and rows, o and down by columns, embedding and head by tokens
+of the vocabulary. Between the matrices each has a part of the rows of x:
+
+    x (N / n, D) -> norm -> gather -> q, k, v of its own heads -> attend -> o_proj's share of the sum -> scatter -> + x
 """
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .distributed import ALONE, World, collect, gather, local, scatter
 from .kernels.attention import attention
 from .kernels.linear import linear, logits, swiglu
-from .kernels.token_logprob import token_logprob, token_logprob_sum
+from .kernels.token_logprob import SPLIT, cuts, token_logprob, token_logprob_sum
 from .packing import Pack, pack
 
 ARCHITECTURES = {
@@ -213,14 +221,21 @@ def context_length(config: ModelConfig) -> int:
 
 
 class Linear(nn.Linear):
-    """nn.Linear by way of `linear`, and the place for an adapter (lora.py)."""
+    """nn.Linear by way of `linear`, and the place for an adapter (lora.py).
 
-    def __init__(self, *sizes: int, bias: bool):
+    tensor: the processes that hold the weight's columns together; the product's rows are then divided among them.
+    """
+
+    def __init__(self, *sizes: int, bias: bool, tensor: World = ALONE):
         super().__init__(*sizes, bias=bias)
-        self.adapter, self.deterministic = None, False
+        self.adapter, self.deterministic, self.tensor = None, False, tensor
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, self.on_top(x, residual), self.deterministic)
+        if self.tensor.size == 1:
+            return linear(x, self.weight, self.bias, self.on_top(x, residual), self.deterministic)
+        y = scatter(linear(x, self.weight), self.tensor)
+        y = y if self.bias is None else y + self.bias
+        return y if residual is None else y + residual
 
     def on_top(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """What is added to the product: the residual, and what the adapter makes of x."""
@@ -278,61 +293,81 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One decoder layer: attention and gated MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tensor: World = ALONE):
         super().__init__()
-        width, size = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, size
+        self.tensor = tensor
+        width, size, ffn = config.hidden_size, config.head_dim, config.intermediate_size // tensor.size
+        self.heads, self.kv_heads = config.num_attention_heads // tensor.size, config.num_key_value_heads // tensor.size
+        self.head_dim = size
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.qkv_proj = Linear(width, (self.heads + 2 * self.kv_heads) * size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else None
-        self.o_proj = Linear(self.heads * size, width, bias=config.o_bias)
+        self.o_proj = Linear(self.heads * size, width, bias=config.o_bias, tensor=tensor)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.gate_up_proj = Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, width, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(width, 2 * ffn, bias=config.mlp_bias)
+        self.down_proj = Linear(ffn, width, bias=config.mlp_bias, tensor=tensor)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
         heads = [self.heads, self.kv_heads]
-        qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, E)
+        y = gather(self.input_layernorm(x), len(cos), self.tensor)
+        qkv = self.qkv_proj(y).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, E)
         qk, v = qkv.split([sum(heads), self.kv_heads], dim=1)
         if self.q_norm is not None:
             q, k = qk.split(heads, dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         q, k = rotate(qk, cos, sin).split(heads, dim=1)
         x = self.o_proj(attend(layer, q, k, v).flatten(1), x)
-        y, up = self.post_attention_layernorm(x), self.gate_up_proj
+        y, up = gather(self.post_attention_layernorm(x), len(cos), self.tensor), self.gate_up_proj
         return self.down_proj(swiglu(y, up.weight, up.bias, up.on_top(y), up.deterministic), x)
 
 
 class Model(nn.Module):
-    """The decoder. `checkpoint.load` makes it under `torch.device("meta")` and fills it."""
+    """The decoder, or this process's slice of it. `checkpoint.load` makes it under `torch.device("meta")` and fills it.
 
-    def __init__(self, config: ModelConfig):
+    tensor: the processes that have a slice each. They call the same methods with the same arguments, and get the same.
+    Raises ValueError for a model that cannot be sliced so.
+    """
+
+    def __init__(self, config: ModelConfig, tensor: World = ALONE):
         super().__init__()
-        self.config = config
+        _check_slices(config, tensor.size)
+        self.config, self.tensor = config, tensor
         self.deterministic = False  # `make_deterministic` sets it
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
         self.adapters = None  # what lora.py's adapters have in common, where there are any
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.bounds = cuts(config.vocab_size, tensor.size)[tensor.rank : tensor.rank + 2]  # of the vocabulary's part
+        vocabulary = self.bounds[1] - self.bounds[0]
+        self.embed_tokens = nn.Embedding(vocabulary, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, tensor) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         width, untied = config.hidden_size, not (config.tie_word_embeddings or config.scalar_head)
-        self.lm_head = Linear(width, config.vocab_size, bias=False) if untied else None
+        self.lm_head = Linear(width, vocabulary, bias=False) if untied else None
         self.score = Linear(width, 1, bias=False) if config.scalar_head else None
         with torch.device("cpu"):
             self.frequencies, self.rope_factor = rope_frequencies(config)  # no buffer: float32 whatever the model is
 
+    def shares(self) -> set[str]:
+        """The parameters that all processes of `tensor` hold whole, and of whose gradient each has a share to be added.
+
+        They are used on a part of the rows, or of the heads. (A scalar head is whole too, and so is its gradient.)
+        """
+        ends = ("norm.weight", "o_proj.bias", "down_proj.bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
     @property
     def head_weight(self) -> Tensor:
-        """(V, D), the embedding's own where the checkpoint ties them."""
+        """(V, D), the embedding's own where the checkpoint ties them; of a sliced model its own tokens' rows."""
         assert self.score is None, "a model with a scalar head predicts no tokens"
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def make_deterministic(self) -> None:
         """From now on a token's numbers are the same to the bit whatever is computed beside it, and however.
 
-        Raises ValueError for adapters, whose products are not made for it.
+        Raises ValueError for adapters, whose products are not made for it, and for a slice of a model.
         """
+        if self.tensor.size > 1:
+            raise ValueError("--deterministic: a model cut by --tensor has no such mode; use --shard or --replicate")
         if self.adapters is not None:
             raise ValueError("deterministic: a model with LoRA adapters has no such mode; train all of it")
         for module in self.modules():
@@ -340,7 +375,7 @@ class Model(nn.Module):
 
     def hidden(self, tokens_N: Tensor, positions_N: Tensor, attend) -> Tensor:
         """(N, D) hidden states after the last norm. attend(layer, q (N, H, E), k and v (N, K, E)) -> (N, H, E)."""
-        x = self.embed_tokens(tokens_N)
+        x = self._embedded(tokens_N)
         angles = positions_N[:, None, None].float() * self.frequencies.to(positions_N.device)  # (N, 1, E / 2)
         cos, sin = (angles.cos() * self.rope_factor).to(x.dtype), (angles.sin() * self.rope_factor).to(x.dtype)
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -349,7 +384,21 @@ class Model(nn.Module):
                 x = checkpoint(block, x, cos, sin, layer, attend, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layer, attend)
-        return self.norm(x)
+        return collect(self.norm(x), len(tokens_N), self.tensor)
+
+    def _embedded(self, tokens_N: Tensor) -> Tensor:
+        """(N, D), or this process's part of the rows."""
+        if self.tensor.size == 1:
+            return self.embed_tokens(tokens_N)
+        mine = (tokens_N >= self.bounds[0]) & (tokens_N < self.bounds[1])
+        rows = self.embed_tokens(torch.where(mine, tokens_N - self.bounds[0], 0))
+        return scatter(rows * mine[:, None], self.tensor)
+
+    @property
+    def _head(self) -> dict:
+        """What token_logprob has to know about the vocabulary."""
+        shared = self.tensor.size > 1
+        return {"vocabulary": self.config.vocab_size, "group": self.tensor.group} if shared else {}
 
     def forward(self, pack: Pack) -> Tensor:
         """(T, D) hidden states of a pack; completions read their shared prompt."""
@@ -370,7 +419,7 @@ class Model(nn.Module):
         """
         scored = scored_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
-        options = {"temperature": temperature, "deterministic": self.deterministic}
+        options = {"temperature": temperature, "deterministic": self.deterministic} | self._head
         scores = token_logprob(hidden, self.head_weight, pack.tokens_T[scored], **options)
         return tuple(x.new_zeros(len(scored_T)).index_copy(0, scored, x) for x in scores)
 
@@ -382,7 +431,8 @@ class Model(nn.Module):
         """
         scored = weights_T.nonzero()[:, 0]
         hidden = self.forward(pack).index_select(0, pack.predictors_T[scored])
-        total, *found = token_logprob_sum(hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored])
+        given = hidden, self.head_weight, pack.tokens_T[scored], weights_T[scored]
+        total, *found = token_logprob_sum(*given, **self._head)
         return total, *(x.new_zeros(len(weights_T)).index_copy(0, scored, x) for x in found)
 
     def values(self, pack: Pack) -> Tensor:
@@ -397,50 +447,43 @@ class Model(nn.Module):
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""
         packed = pack(sequences, device=self.embed_tokens.weight.device)
-        return list(logits(self.forward(packed), self.head_weight, self.deterministic).split(packed.lengths))
+        return list(self.project(self.forward(packed)).split(packed.lengths))
+
+    def project(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V) float32 logits, the same on all processes that have a slice: for sampling."""
+        part = logits(hidden_ND, self.head_weight, self.deterministic)
+        if self.tensor.size == 1:
+            return part
+        sizes = [stop - start for start, stop in pairwise(cuts(self.config.vocab_size, self.tensor.size))]
+        padded = F.pad(part.T, (0, 0, 0, max(sizes) - part.shape[1]))
+        parts = collect(padded, max(sizes) * len(sizes), self.tensor).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)]).T
 
 
-@torch.no_grad()
+def _check_slices(config: ModelConfig, parts: int) -> None:
+    """ValueError where a model cannot be cut into so many slices."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, name)
+        if size % parts:
+            raise ValueError(f"--tensor {parts}: does not divide the model's {name}, {size}; choose one that does")
+    bounds = cuts(config.vocab_size, parts)
+    if min(stop - start for start, stop in pairwise(bounds)) < 1:
+        raise ValueError(f"--tensor {parts}: the model's vocab_size, {config.vocab_size}, is too small to be cut into "
+                         f"so many parts of {SPLIT} tokens or more; choose fewer")  # fmt: skip
+
+
 def with_scalar_head(model: Model, seed: int) -> Model:
-    """Give a language model a fresh scalar head in place of its own; what the head is follows from the seed alone."""
+    """Give a language model a fresh scalar head in place of its own."""
     weight, model.lm_head = model.head_weight, None
     model.config = replace(model.config, scalar_head=True)
     model.score = Linear(model.config.hidden_size, 1, bias=False).to(weight)
-    draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
-    model.score.weight.copy_(0.02 * torch.randn(model.score.weight.shape, generator=draw))
+    fill_scalar_head(model, seed)
     return model
 
 
-def hf_tensors(config: ModelConfig) -> dict[str, tuple[str, slice | None, tuple[int, ...]]]:
-    """Tensor name in a Hugging Face checkpoint -> (our parameter, its rows or None for all, the tensor's shape)."""
-    width, ffn, size = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
-    tensors = {
-        "model.embed_tokens.weight": ("embed_tokens.weight", None, (config.vocab_size, width)),
-        "model.norm.weight": ("norm.weight", None, (width,)),
-    }
-    if config.scalar_head:
-        tensors["score.weight"] = ("score.weight", None, (1, width))
-    elif not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = ("lm_head.weight", None, (config.vocab_size, width))
-    projections = [  # theirs, ours, rows from, rows to, columns, bias
-        ("self_attn.q_proj", "qkv_proj", 0, q, width, config.qkv_bias),
-        ("self_attn.k_proj", "qkv_proj", q, q + kv, width, config.qkv_bias),
-        ("self_attn.v_proj", "qkv_proj", q + kv, q + 2 * kv, width, config.qkv_bias),
-        ("self_attn.o_proj", "o_proj", 0, width, q, config.o_bias),
-        ("mlp.gate_proj", "gate_up_proj", 0, ffn, width, config.mlp_bias),
-        ("mlp.up_proj", "gate_up_proj", ffn, 2 * ffn, width, config.mlp_bias),
-        ("mlp.down_proj", "down_proj", 0, width, ffn, config.mlp_bias),
-    ]
-    norms = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "post_attention_layernorm"}
-    head_norms = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"} if config.qk_norm else {}
-    for layer in range(config.num_hidden_layers):
-        theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
-        for name, parameter, start, end, columns, bias in projections:
-            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", slice(start, end), (end - start, columns))
-            if bias:
-                tensors[f"{theirs}{name}.bias"] = (f"{ours}{parameter}.bias", slice(start, end), (end - start,))
-        for name, parameter in (norms | head_norms).items():
-            shape = (size if name in head_norms else width,)
-            tensors[f"{theirs}{name}.weight"] = (f"{ours}{parameter}.weight", None, shape)
-    return tensors
+@torch.no_grad()
+def fill_scalar_head(model: Model, seed: int) -> None:
+    """What the fresh head is follows from the seed alone; where FSDP2 divides it, its one row is the first rank's."""
+    weight = local(model.score.weight)
+    draw = torch.Generator().manual_seed(seed)  # in float32 on the CPU, so that it is the same everywhere
+    weight.copy_(0.02 * torch.randn(1, weight.shape[1], generator=draw)[: len(weight)])

@@ -84,7 +84,11 @@ def pack(sequences, prefixes=None, device="cpu") -> Pack:
 
 
 def pack_groups(prompts, completions, device="cpu") -> Pack:
-    """Prompt 0, its completions, prompt 1, its completions, ...; `completions[p]` lists those of prompt p."""
+    """Prompt 0, its completions, prompt 1, its completions, ...; `completions[p]` lists those of prompt p.
+
+    Without prompts one token of no meaning, which nothing is asked about: what every rank computes is never nothing.
+    """
+    prompts, completions = (prompts, completions) if len(prompts) else ([[0]], [[]])
     sequences, prefixes = [], []
     for prompt, answers in zip(prompts, completions, strict=True):
         prefixes += [-1] + [len(sequences)] * len(answers)
@@ -147,7 +151,7 @@ def rows_of(bins: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.argsort(narrow, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))])
 
 
-def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks: int = 1):
+def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks: int = 1, even: bool = False):
     """Divide P groups over ranks and micro-batches of at most `capacity` tokens.
 
     prompt_lengths: P ints.
@@ -156,6 +160,7 @@ def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks:
     one micro-batch is cut into parts, and its prompt stands once in each. One sequence longer than `capacity` makes a
     micro-batch of its own.
     Parts go to the rank with the fewest tokens so far, longest first: within a few per cent of the best division.
+    even: empty micro-batches, [], make all ranks' lists as long as the longest (FSDP2 needs as many passes of each).
     """
     parts = []  # (tokens, p, [g, ...])
     for p, (prompt, lengths) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
@@ -177,4 +182,5 @@ def plan_micro_batches(prompt_lengths, completion_lengths, capacity: int, ranks:
         for (_, p, members), b in zip(share, bins):
             micro_batches[b].append((p, members))
         plan.append(micro_batches)
-    return plan
+    most = max(map(len, plan)) if even else 0
+    return [micro_batches + [[]] * (most - len(micro_batches)) for micro_batches in plan]

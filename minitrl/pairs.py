@@ -153,15 +153,20 @@ def lengths(rows: list[dict]) -> Tensor:
 
 
 def batches(rows: list[dict], config: PairOptions, world: World) -> Iterator[tuple[list[int], Pack]]:
-    """This process's micro-batches of the rows: which rows each has, and its pack."""
-    prompts = [len(row["prompt_ids"]) for row in rows]
-    plan = plan_micro_batches(prompts, [answers(row) for row in rows], config.tokens_per_microbatch, world.size)
-    for batch in plan[world.rank]:
+    """This process's micro-batches of the rows: which rows each has, maybe none, and its pack."""
+    lengths = [len(row["prompt_ids"]) for row in rows], [answers(row) for row in rows]
+    plan = plan_micro_batches(*lengths, config.tokens_per_microbatch, world.data.size, world.shard.size > 1)
+    for batch in plan[world.data.rank]:
         assert all(len(both) == 2 for _, both in batch), "a pair was divided"
         members = [p for p, _ in batch]
         prompts = [rows[p]["prompt_ids"] for p in members]
         completions = [[rows[p]["chosen_ids"], rows[p]["rejected_ids"]] for p in members]
         yield members, pack_groups(prompts, completions, world.device)
+
+
+def of_answers(values_B: Tensor, pack: Pack) -> Tensor:
+    """(P, 2): of a value per segment, those of each pair's chosen and rejected answer."""
+    return values_B[pack.prefixes_B >= 0].view(-1, 2)
 
 
 def tokens(rows: list[dict]) -> int:

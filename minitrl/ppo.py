@@ -1,6 +1,6 @@
 """PPO: proximal policy optimisation (arXiv 1707.06347, 1909.08593) with a value model, from prompts to a better policy.
 
-    1  take the next `prompts_per_step` prompts, sample completions, reward them                   experience.generate
+    1  take the next `prompts_per_step` prompts, sample completions, reward them                        ahead.generate
     2  log-probs of their tokens under the policy and under the policy at the start of training, which is the reference,
        and before each token a value: the value model's guess of the reward that is still to come              judge
     3  a token's reward = -kl_coef times its share of KL(policy || reference); at the last token, + the completion's
@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
+from . import ahead, checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     value_model = load_value_model(policy, tokenizer, config, world)
-    reference = lora.reference_of(policy) if config.kl_coef else None
+    reference = experience.reference_of(policy, config, world) if config.kl_coef else None
     policy.gradient_checkpointing = value_model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(nn.ModuleDict({"policy": policy, "value": value_model}), config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
@@ -90,14 +90,14 @@ def main(argv: list[str] | None = None) -> int:
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % each == 0:  # rollouts from the policy as it is now
                 with run.timed("rollout"):
-                    rollouts = experience.generate(engine, rows, cursor, functions, config, run, step)
+                    rollouts = ahead.generate(engine, rows, cursor, functions, config, run, step)
                     experience.warn([rollouts], config, run, step)
                 with run.timed("judge"):
                     rollouts, known = judge(policy, reference, value_model, rollouts, config, world)
             with run.timed("train"):
                 plan = minibatch(rollouts, step, config, world)
                 metrics = backward(policy, value_model, rollouts, known, plan, config, run, step)
-                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.rank]))
+                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
             step, cursor = step + 1, cursor + fresh * config.prompts_per_step
             metrics |= experience.rollout_metrics(rollouts, functions) | objective(rollouts, known, config)
             metrics["episode"] = cursor * config.num_generations
@@ -118,10 +118,12 @@ def main(argv: list[str] | None = None) -> int:
 def load_value_model(policy, tokenizer, config: Config, world):
     """The value model: that of --value_model, or the policy's layers and a fresh head, which guesses near 0."""
     checkpoint.refuse_strangers(f"{config.output_dir}/value_model")  # what would fail at the very end
+    if config.value_model is None and world.divides and config.model is not None:
+        return training.load_model(config, world, scalar_head=True)[0]  # what is divided cannot be copied
     if config.value_model is None:
-        return with_scalar_head(copy.deepcopy(policy), config.seed)
-    dtype = getattr(torch, config.dtype)
-    value_model, its = checkpoint.load(config.value_model, dtype, world.device, scalar_head=True, seed=config.seed)
+        whole = toy.build(config.seed, world.device, log=str)[0] if world.divides else copy.deepcopy(policy)
+        return training.divided(with_scalar_head(whole, config.seed), tokenizer, config, world)
+    value_model, its = training.load_model(config, world, config.value_model, scalar_head=True)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")
     lora.adapt(value_model, replace(config, adapter=None, model=config.value_model), world)
@@ -139,7 +141,7 @@ def judge(policy, reference, value_model, rollouts: Rollouts, config: Config, wo
     A completion to which no reward applies is left out of all, and not trained on.
     """
     scored_PG = ~rollouts.rewards_PG.isnan()
-    plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world.size)
+    plan = rollouts.plan(scored_PG, config.tokens_per_microbatch, world)
     old_R, _ = experience.score(policy, rollouts, plan, config, world)
     values_of = lambda pack, _: [values_before(value_model, pack)]
     [values_R] = experience.measure(value_model, values_of, 1, rollouts, plan, world)
@@ -177,14 +179,15 @@ def values_before(value_model, pack) -> Tensor:
 
 
 def minibatch(rollouts: Rollouts, step: int, config: Config, world) -> list[list]:
-    """Per rank the micro-batches of this step: its part of a permutation of all completions, a new one each epoch."""
+    """Per rank of world.data the micro-batches of this step: its part of a permutation of all completions, a new one
+    each epoch."""
     scored_PG = ~rollouts.rewards_PG.isnan()
     N, M = scored_PG.numel(), config.num_mini_batches
     epoch, part = divmod(step, M)
     order = data.order(N, epoch * N, N, config.seed)
     chosen_N = torch.zeros(N, dtype=torch.bool)
     chosen_N[order[N * part // M : N * (part + 1) // M]] = True
-    return rollouts.plan(scored_PG & chosen_N.view_as(scored_PG), config.tokens_per_microbatch, world.size)
+    return rollouts.plan(scored_PG & chosen_N.view_as(scored_PG), config.tokens_per_microbatch, world)
 
 
 def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config: Config, run, step: int) -> dict:
@@ -192,7 +195,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
     world, offending = run.world, []
     tokens = sum(int(rollouts.lengths_PG[p, members].sum()) for rank in plan for batch in rank for p, members in batch)
     sums = dict.fromkeys(MEANS, 0.0)
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         pack, index_C = rollouts.pack(batch, world.device)
         mask_T = pack.completion_T
         logprobs_T, entropy_T = policy.logprobs(pack, mask_T, config.temperature)
@@ -216,7 +219,7 @@ def backward(policy, value_model, rollouts: Rollouts, known: dict, plan, config:
         shares |= {"loss": loss.detach(), "policy/entropy_avg": entropy_T.detach().sum() / tokens}
         for name in MEANS:
             sums[name] += shares[name].item()
-    metrics = training.total(sums, world)
+    metrics = training.total(sums, world.data)
     if not math.isfinite(metrics["loss"]):  # a sum over all ranks: all stop
         training.stop_before_update(run, step, f"the loss is {metrics['loss']}", rollouts.ids(offending))
     metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2)

@@ -80,9 +80,9 @@ def load(config: Config, run):
     world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
-        return with_scalar_head(policy, config.seed), tokenizer, *toy.preferences(config.seed)
-    dtype = getattr(torch, config.dtype)
-    model, tokenizer = checkpoint.load(config.model, dtype, world.device, scalar_head=True, seed=config.seed)
+        model = training.divided(with_scalar_head(policy, config.seed), tokenizer, config, world)
+        return model, tokenizer, *toy.preferences(config.seed)
+    model, tokenizer = training.load_model(config, world, scalar_head=True)
     lora.adapt(model, config, world)
     tokenizer.now = run.began
     return model, tokenizer, *pairs.load(config, tokenizer, context_length(model.config), world)
@@ -95,13 +95,13 @@ def learn(model, rows: list[dict], indices: list[int], config: Config, world) ->
     margins_P = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     centre, offending = config.center_rewards_coefficient, []
     for members, pack in pairs.batches(rows, config, world):
-        scores = model.values(pack)[pack.cu_seqlens[1:] - 1].view(-1, 3)[:, 1:]  # prompt, chosen, rejected: their last
+        scores = pairs.of_answers(model.values(pack)[pack.cu_seqlens[1:] - 1], pack)  # of their last tokens
         loss = losses.reward_loss(*scores.unbind(1), margins_P[members].to(world.device), centre, len(rows))
         if loss.requires_grad:
             loss.backward()
         offending += [p for p, sound in zip(members, scores.isfinite().all(1).tolist()) if not sound]
         scores_P2[members] = scores.detach().float()
-    distributed.sum_([scores_P2], world)
+    distributed.sum_([scores_P2], world.data)
     scores_P2 = scores_P2.cpu()
     metrics = {"loss": losses.reward_loss(*scores_P2.unbind(1), margins_P, centre).item()}
     metrics |= statistics(scores_P2, pairs.lengths(rows)) | {"tokens": pairs.tokens(rows)}

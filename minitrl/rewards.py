@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, packing, pairs
+from . import checkpoint, disk, packing, pairs
 from .model import ModelConfig, context_length
 from .tokenizer import read_json
 
@@ -187,7 +187,7 @@ def fingerprints(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for spec in [spec.rpartition(":")[0] or spec for spec in names if spec not in BUILT_IN]:
         files = sorted(Path(spec).iterdir()) if Path(spec).is_dir() else [Path(spec)]
-        found[f"--reward {spec}"] = " ".join(checkpoint.digest(file) for file in files if file.is_file())
+        found[f"--reward {spec}"] = " ".join(disk.digest(file) for file in files if file.is_file())
     return found
 
 

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -253,6 +254,7 @@ class Engine:
         for option, value in (sizes if max_pages is None else sizes | {"max_pages": max_pages}).items():
             check(is_(Integral, value) and value > 0, option, value, "a positive integer")
         self.model, self.tokenizer, self.version = model, tokenizer, 0
+        self.tensor = getattr(model, "tensor", SimpleNamespace(rank=0, size=1))
         self.prefill_tokens = prefill_tokens
         self.pool = PagePool(model.config, page_size, max_pages, like)
         self.waiting, self.running = deque(), []  # first come, first served; the oldest first

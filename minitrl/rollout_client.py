@@ -32,7 +32,8 @@ from urllib.parse import urlsplit
 import torch
 
 from . import data, lora, transfer
-from .distributed import World
+from .distributed import World, with_mesh
+from .model import Model
 from .packing import pack_groups
 from .rollout import Completion, Engine
 
@@ -45,7 +46,28 @@ def engine_of(config, policy, tokenizer, world: World):
     """What samples from the policy: an engine in this process, or those behind --rollout_server."""
     if config.rollout_server:
         return RemoteEngine(config.rollout_server, policy, tokenizer, world, config.rollout_timeout)
-    return Engine(policy, tokenizer, max_batch=config.rollout_batch_size, cache_gib=config.rollout_cache_gib)
+    options = {"max_batch": config.rollout_batch_size, "cache_gib": config.rollout_cache_gib}
+    R = config.rollout_tensor or world.tensor.size
+    if world.shard.size == 1 and world.tensor.size == R:
+        return Engine(policy, tokenizer, **options)
+    mesh = with_mesh(world, (world.size // R, 1, R), config.timeout)
+    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), mesh, **options)
+
+
+class OwnEngine(Engine):
+    """Samples from `policy` by a model of its own, which is divided in another way: by `world.tensor`, and not at all
+    where that is one process. All of `world` call `generate` at the same places: first the weights are brought over."""
+
+    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, **options):
+        with torch.device("meta"):
+            model = Model(policy.config, tensor=world.tensor).to(dtype)
+        super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
+        self.policy, self.world = policy, world
+
+    def generate(self, *arguments, **options) -> list[list[Completion]]:
+        """As `Engine.generate`."""
+        transfer.reshard(self.world, self.policy, self.model)
+        return super().generate(*arguments, **options)
 
 
 class Lost(Exception):
@@ -119,6 +141,7 @@ class RemoteEngine:
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
+        self.tensor = World(0, 1, world.device)  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
         self.still = threading.Lock()  # held while weights are sent, and while they change
         self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -28,14 +29,15 @@ import torch
 
 from . import checkpoint
 from .console import Progress, table
-from .distributed import barrier, gather_json, print0, stop
+from .distributed import barrier, gather_json, keepers, meet, print0, stop
+from .state import Pieces, load_state, save_state
 
-# What --resume may change: these have no part in which weights a step gives. (max_steps bends a linear or cosine
-# schedule from there on, and is meant to: one asks for more.)
+# What --resume may change: these have no part in which weights a step gives, or in their rounding alone. (max_steps
+# bends a linear or cosine schedule from there on, and is meant to: one asks for more.)
 MAY_CHANGE = (
     "output_dir resume device timeout max_steps num_train_epochs logging_steps log_completions "
     "num_completions_to_print report_to plot eval_steps save_steps save_total_limit rollout_server "
-    "rollout_timeout reference_cache"
+    "rollout_timeout reference_cache replicate shard tensor cpu_offload rollout_tensor"
 ).split()
 
 # What the processes of one run may call by different names: there, it is the contents that have to be the same.
@@ -322,6 +324,7 @@ class Run:
     """
 
     def __init__(self, config, world):
+        config.check_mesh(world)
         self.config, self.world = config, world
         self.folder = RunFolder(config.output_dir, config.resume) if world.rank == 0 else None
         if self.folder:  # what would fail at the very end is better said now
@@ -331,20 +334,22 @@ class Run:
             if config.resume:
                 check_resume(self.folder.saved_config(), dataclasses.asdict(config))
         self.timed = Seconds(world.device)
-        self.num_tokens, self.logged_step, self.saved_step, self.failed = 0, 0, 0, False
+        self.num_tokens, self.logged_step, self.saved_step = 0, 0, 0
         self._rows, self._warned, self._streaks = [], set(), Counter()
-        self._loaded = checkpoint.load_state(config.output_dir) if config.resume else None
+        self.keepers, self._pool, self._saving = keepers(world, config.timeout), ThreadPoolExecutor(1), None
+        self._loaded = load_state(config.output_dir, world) if config.resume else None
         for note in self._loaded[3] if self._loaded else ():
             print0(world, f"--resume: {note}")
         # What a chat template takes for now: the same on all ranks and, since it may stand in prompts, after a resume.
         began = gather_json(datetime.now().isoformat(timespec="seconds"), world)[0]
         self.began = datetime.fromisoformat(self._loaded[2].get("began", began) if self._loaded else began)
 
-    def load(self, total_steps: int, inputs: dict[str, str]) -> tuple[int, dict, dict] | None:
+    def load(self, total_steps: int, inputs: dict[str, str], held: dict) -> tuple[int, dict, dict] | None:
         """With --resume, (step, tensors, state) of the newest whole checkpoint, where there is one.
 
         inputs: a digest of each thing that is trained on or with, by its name in an error. They must be those of the
         checkpoint; of a reward's file a change is only said, for a reward that failed has to be mended.
+        held: what of the trained parameters is to be on this process: Optimizer.held.
         """
         self.total_steps, self._inputs = total_steps, inputs
         if self._loaded is None:
@@ -364,7 +369,7 @@ class Run:
                              "contents back, or start a new run in another --output_dir")
         self.num_tokens, self.logged_step, self.saved_step, self._loaded = state["num_tokens"], step, step, None
         print0(self.world, f"--resume: going on after step {step}")
-        return step, tensors, state
+        return step, {k: v.local(held) if isinstance(v, Pieces) else v for k, v in tensors.items()}, state
 
     def begin(self, weights: str) -> None:
         """Open the files, once all ranks are found to be one run. `weights`: a digest of the model as it is now."""
@@ -393,11 +398,11 @@ class Run:
         if step_time := sum(seconds.values()):
             metrics |= {"step_time": step_time, "tokens_per_second": tokens / step_time}
         metrics |= {"num_tokens": self.num_tokens, "memory/peak_gib": peak_memory(self.world.device) / 2**30}
+        self.logged_step = step
         if not self.folder:
             return
         self.folder.append_completions([{"step": step} | row for row in rows])
         self.folder.append_metrics(metrics)
-        self.logged_step = step
         line = self.progress.line(metrics) if step else None
         if line:
             print(line, flush=True)
@@ -408,35 +413,51 @@ class Run:
         if scores:
             print(f"step {step}/{self.total_steps}  held-out {'  '.join(scores)}", flush=True)
 
-    def save(self, step: int, tensors: dict, state: dict) -> None:
-        """Write the checkpoint of `step`, unless it is there; before the first step there is nothing to save."""
+    def save(self, step: int, tensors: dict, state: dict, held: dict) -> None:
+        """Write the checkpoint of `step`, unless it is there; before the first step there is nothing to save.
+
+        It is written beside the training: `saved` waits for it, before anything in `tensors` is changed.
+        """
         if step == self.saved_step:
             return
+        self.saved()
         self.saved_step = step
-        if self.folder:
+        if self.keepers:
             began = self.began.isoformat(timespec="seconds")
             state = state | {"num_tokens": self.num_tokens, "began": began, "inputs": self._inputs}
-            checkpoint.save_state(self.config.output_dir, step, tensors, state, self.config.save_total_limit)
-        if not self.failed:
-            barrier(self.world, "while rank 0 writes a checkpoint")
+            tensors = {stem: dict(named) for stem, named in tensors.items()}
+            keep = self.config.save_total_limit
+            self._saving = self._pool.submit(
+                save_state, self.config.output_dir, step, tensors, state, keep, self.keepers, held
+            )
+
+    def saved(self) -> None:
+        """Wait for the checkpoint that is being written, if any; raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
 
     @contextmanager
     def rescued(self, finished: Callable[[], int | None], save: Callable[[], None]):
         """An error inside costs no finished step: it is saved first, where `finished()` is the step last logged.
 
-        Rank 0 saves alone and waits for nobody, since the others may be gone. finished: the number of steps done, or
-        None where the weights are not whole.
+        Where weights are divided, that takes all who hold a part; else rank 0 saves alone, and waits for nobody, since
+        the others may be gone. finished: the number of steps done, or None where the weights are not whole.
         """
         try:
             yield
+            self.saved()
         except Exception:
-            self.failed = True
-            if self.folder and finished() == self.logged_step > self.saved_step:
-                try:
+            try:
+                if self.keepers and finished() == self.logged_step > self.saved_step:
+                    meet(self.keepers, "to save what is done")
                     save()
+                    self.saved()
                     print0(self.world, f"step {self.logged_step} is saved; --resume goes on from there")
-                except Exception as error:  # the first one is what the user has to see
-                    print0(self.world, f"step {self.logged_step} could not be saved: {error}")
+                else:
+                    self.saved()
+            except Exception as error:  # the first one is what the user has to see
+                print0(self.world, f"step {self.logged_step} could not be saved: {error}")
             raise
 
     def dump(self, name: str, value) -> None:

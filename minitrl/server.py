@@ -33,7 +33,7 @@ import torch
 
 from . import checkpoint, data, distributed, runs, toy, transfer, web
 from .config import CommonOptions, parse, require
-from .model import hf_tensors
+from .layout import hf_tensors
 from .rollout import Engine, context_length
 from .sampling import Sampling
 from .web import MUST, Fields, Refused, error_of, is_loopback

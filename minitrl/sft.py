@@ -93,8 +93,8 @@ def load(config: Config, run):
     if config.model is None:
         tokenizer = toy.make_tokenizer()
         model = toy.make_model(config.seed, tokenizer.vocab_size).to(world.device)
-        return model, tokenizer, *toy.demonstrations(config.seed)
-    model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
+        return training.divided(model, tokenizer, config, world), tokenizer, *toy.demonstrations(config.seed)
+    model, tokenizer = training.load_model(config, world)
     lora.adapt(model, config, world)
     tokenizer.now = run.began
     room = context_length(model.config)
@@ -141,19 +141,20 @@ def learn(model, documents: Documents, chosen: np.ndarray, config: Config, world
     learnt = sum(int(mask.sum()) for mask in masks)  # over all micro-batches and processes
     count = max(1, learnt)
     one_each = [0] * len(lengths), [[length] for length in lengths]
-    plan = packing.plan_micro_batches(*one_each, config.tokens_per_microbatch, world.size)
+    ranks, even = world.data.size, world.shard.size > 1
+    plan = packing.plan_micro_batches(*one_each, config.tokens_per_microbatch, ranks, even)
     sums, not_finite = np.zeros(len(MEANS)), []
-    for batch in plan[world.rank]:
+    for batch in plan[world.data.rank]:
         places = [place for place, _ in batch]
-        pack = packing.pack([documents.ids(chosen[place]) for place in places], device=world.device)
-        mask_T = torch.from_numpy(np.concatenate([masks[place] for place in places])).to(world.device)
+        pack = packing.pack_groups([documents.ids(chosen[place]) for place in places], [[]] * len(places), world.device)
+        mask_T = torch.from_numpy(np.concatenate([masks[place] for place in places] or [[False]])).to(world.device)
         loss, _, entropy_T, top_T = model.logprob_sum(pack, mask_T.float() / -count)
         if torch.is_grad_enabled():
             loss.backward()
         shares = torch.stack([loss.detach(), top_T.sum() / count, entropy_T.sum() / count]).tolist()
         sums += shares
         not_finite += places if not math.isfinite(shares[0]) else []
-    metrics = training.total(dict(zip(MEANS, sums)), world)
+    metrics = training.total(dict(zip(MEANS, sums)), world.data)
     return metrics | {"trained_tokens": learnt, "tokens": sum(lengths)}, not_finite
 
 

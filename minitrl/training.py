@@ -13,6 +13,7 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 """
 
 import math
+import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, lora, runs
-from .distributed import World, any_true, sum_
+from .distributed import World, any_true, local, sum_
+from .layout import held, place_of, same_everywhere
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -38,6 +40,9 @@ class Optimizer:
     float32 master, which AdamW updates and which is then rounded into the parameter. The parameters of a float32 or
     float64 model are their own masters. Gradients, too, add up in float32: a hook moves each parameter's bfloat16
     gradient over as soon as backward has made it, so that the bfloat16 gradients never stand in memory together.
+
+    Of a model that is divided (distributed.divide, Model's `tensor`) each process has the masters of its own part:
+    FSDP2's parameters are float32 then. FSDP2 has summed their gradients over world.data before `step`.
 
     Norms' weights and biases (one dimension) get no weight decay. `max_grad_norm=0` does not clip.
     """
@@ -57,12 +62,18 @@ class Optimizer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
+        self._divided = world.shard.size > 1  # by FSDP2
+        self._shares = model.shares() if world.tensor.size > 1 else set()
         for name, p in self.parameters.items():
-            if p.dtype in (torch.float32, torch.float64):
+            if self._divided:
+                self.masters[name] = local(p.detach())
+            elif p.dtype in (torch.float32, torch.float64):
                 self.masters[name] = p
             else:
                 self.masters[name] = p.detach().float()
                 hooks.append(p.register_post_accumulate_grad_hook(partial(_move_gradient, self._grads, name)))
+        shapes = {name: master.shape for name, master in self.masters.items()}
+        self.held = held(model, place_of(world), shapes)  # what of a checkpoint's tensors the masters are
         # The hooks know the dict of gradients, not this object; when it goes, they go, and another may be made.
         weakref.finalize(self, _remove, hooks)
         masters = self.masters.values()
@@ -81,8 +92,10 @@ class Optimizer:
         norm; all processes see the same sum, so all raise.
         """
         grads = self._take_gradients()
-        sum_(grads, self.world)
-        norm = nn.utils.get_total_norm(grads)
+        if not self._divided:
+            sum_(grads, self.world.data)
+        sum_([grad for name, grad in zip(self.masters, grads) if name in self._shares], self.world.tensor)
+        norm = self._norm(grads)
         if not math.isfinite(norm.item()):
             raise NotFinite(f"the gradient's norm is {norm.item()}")
         scale = self.max_grad_norm / (norm + 1e-6)  # torch.nn.utils.clip_grad_norm_'s own epsilon
@@ -100,6 +113,18 @@ class Optimizer:
             adapters.updates += 1
         self.whole = True
         return norm.item()
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of the whole model's gradient."""
+        world = self.world
+        if world.shard.size == world.tensor.size == 1:
+            return nn.utils.get_total_norm(grads)
+        once = [world.tensor.rank == 0 or not same_everywhere(name) for name in self.masters]
+        squares = [grad.double().square().sum() for grad, counts in zip(grads, once) if counts]
+        square = torch.stack(squares).sum()
+        sum_([square], world.shard)
+        sum_([square], world.tensor)
+        return square.sqrt()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step."""
@@ -123,7 +148,13 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what state_tensors gave: the next step is the one that would have come. Raises ValueError."""
+        """Put back what state_tensors gave: the next step is the one that would have come. Raises ValueError.
+
+        A tensor may still be unread (state.Unread): what knows its shape, and gives it when it is called.
+        """
+        def copied(name: str, target: Tensor) -> Tensor:
+            return target.copy_(tensors[name] if isinstance(tensors[name], Tensor) else tensors[name]())
+
         step = int(tensors["step"]) if "step" in tensors else 0
         kinds = ("master", "exp_avg", "exp_avg_sq") if step else ("master",)
         expected = {f"{kind}.{name}": master.shape for name, master in self.masters.items() for kind in kinds}
@@ -141,12 +172,12 @@ class Optimizer:
         self.adam.state.clear()
         for name, master in self.masters.items():
             with torch.no_grad():
-                master.copy_(tensors[f"master.{name}"])
+                copied(f"master.{name}", master)
             if step:
                 self.adam.state[master] = {
                     "step": torch.tensor(float(step), device=master.device),
-                    "exp_avg": torch.empty_like(master).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(master).copy_(tensors[f"exp_avg_sq.{name}"]),
+                    "exp_avg": copied(f"exp_avg.{name}", torch.empty_like(master)),
+                    "exp_avg_sq": copied(f"exp_avg_sq.{name}", torch.empty_like(master)),
                 }
         self._round_masters()
 
@@ -154,7 +185,10 @@ class Optimizer:
         """The step's gradients in the masters' dtypes and order, handed over: nothing keeps them behind."""
         grads = []
         for name, p in self.parameters.items():
-            grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
+            if self._divided:
+                grad = None if p.grad is None else local(p.grad)
+            else:
+                grad = self._grads.pop(name, None) if self.masters[name] is not p else p.grad
             p.grad = None
             grads.append(torch.zeros_like(self.masters[name]) if grad is None else grad)
         return grads
@@ -163,7 +197,7 @@ class Optimizer:
     def _round_masters(self) -> None:
         """Write the masters into the parameters that are not their own."""
         for name, p in self.parameters.items():
-            if self.masters[name] is not p:
+            if self.masters[name] is not p and not self._divided:
                 p.copy_(self.masters[name])
 
 
@@ -221,6 +255,21 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
     return Optimizer(model, world, **options)
 
 
+def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
+    """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
+    options = {"scalar_head": scalar_head, "seed": config.seed}
+    return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
+
+
+def divided(model: nn.Module, tokenizer, config, world: World) -> nn.Module:
+    """A model that each process has the whole of, the embedded default's, as the mesh wants it."""
+    if not world.divides:
+        return model
+    with tempfile.TemporaryDirectory() as folder:  # it is small: by way of a file, as all others come
+        checkpoint.save(model, tokenizer, folder)
+        return load_model(config, world, folder, model.score is not None)[0]
+
+
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
     """Each number added up over all processes, which pass the same names in the same order."""
     totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
@@ -262,14 +311,14 @@ def fit(
     config, world = run.config, run.world
     steps = total_steps(config, rows, rows_per_step)
     state = {} if state is None else state
-    step, tensors, saved = run.load(steps, inputs) or (0, {}, {"state": state})
+    step, tensors, saved = run.load(steps, inputs, optimizer.held) or (0, {}, {"state": state})
     state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
     run.begin(checkpoint.fingerprint(model))
 
     def checkpoint_now() -> None:
-        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state})
+        run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state}, optimizer.held)
 
     def described(indices: list[int]) -> dict:
         return {"rows": [{"row": i, "ids": describe(i)} for i in indices]}
@@ -304,8 +353,11 @@ def fit(
 def finish(run, models: dict, tokenizer, plotted: tuple[str, ...] = ("reward", "eval/accuracy")) -> int:
     """Write each model's folder, "final" among them, and the plot; returns the exit status, 0."""
     output_dir = run.config.output_dir
+    dtype = getattr(torch, run.config.dtype) if run.config.model else None  # FSDP2's parameters are float32
+    if run.keepers:
+        where = {name: f"{output_dir}/{name}" for name in models}
+        kinds = {name: lora.save(model, tokenizer, where[name], dtype, run.keepers) for name, model in models.items()}
     if run.world.rank == 0:
-        kinds = {name: lora.save(model, tokenizer, f"{output_dir}/{name}") for name, model in models.items()}
         if run.config.plot:
             runs.draw(output_dir, run.config.plot, plotted)
         print(f"done: {output_dir}/final is a {kinds['final']} folder", flush=True)
@@ -319,6 +371,7 @@ def update(optimizer: Optimizer, run, step: int, ids: Callable[[], dict[str, lis
     """
     config = run.config
     rate = config.learning_rate * schedule(config.lr_scheduler_type, step, config.warmup_steps, run.total_steps)
+    run.saved()  # the step changes what is being saved
     try:
         return {"grad_norm": optimizer.step(rate), "learning_rate": rate}
     except NotFinite as error:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitrl import grpo, losses, rewards, rollout_client
-from minitrl.model import hf_tensors
+from minitrl.layout import hf_tensors
 from minitrl.rollout import Completion
 
 transformers.utils.logging.disable_progress_bar()

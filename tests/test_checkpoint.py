@@ -17,7 +17,8 @@ from test_tokenizer import byte_tokenizer
 
 import minitrl
 from minitrl import checkpoint
-from minitrl.model import Model, ModelConfig, hf_tensors
+from minitrl.layout import hf_tensors
+from minitrl.model import Model, ModelConfig
 from minitrl.tokenizer import Tokenizer, read_json
 
 CONFIG = dict(
@@ -320,7 +321,7 @@ def test_failed_save_leaves_the_old_folder(where, folder, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    target = {"safetensors": "minitrl.checkpoint.save_file", "write_text": "pathlib.Path.write_text",
+    target = {"safetensors": "minitrl.disk.write_tensors", "write_text": "pathlib.Path.write_text",
               "fsync": "os.fsync", "rename": "os.rename", "mkdir": "pathlib.Path.mkdir"}[where]
     monkeypatch.setattr(target, full)
     torch.manual_seed(1)

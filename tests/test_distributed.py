@@ -211,7 +211,7 @@ def test_device_that_is_not_there(monkeypatch, name, gpus, words):
 def test_sums_travel_on_the_processes_own_device(monkeypatch):
     """NCCL carries no tensor of the CPU's, where log-probs of rollouts are kept."""
 
-    def carry(flat):
+    def carry(flat, group=None):
         raise LookupError(f"on {flat.device}")
 
     monkeypatch.setattr(distributed.dist, "all_reduce", carry)

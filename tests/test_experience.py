@@ -293,8 +293,8 @@ class Sample:
 class FakeEngine:
     """Completions that say whose they are: of prompt [p] with seed s, number g has the ids [100 p + s, g, ...]."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, tensor: World = ALONE):
+        self.asked, self.tensor = [], tensor
 
     def generate(self, prompts, n, seed, **sampling):
         self.asked.append((prompts, n, seed, sampling))

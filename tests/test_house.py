@@ -14,24 +14,26 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "ahead experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint layout lora model tokenizer distributed config kernels web".split()
+    "checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
     ),
-    "ahead": {"experience", "distributed"},
-    "training": {"distributed", "checkpoint", "packing", "runs", "data", "lora"},
-    "runs": {"distributed", "checkpoint", "console"},
+    "ahead": {"experience", "data", "distributed"},
+    "training": {"distributed", "layout", "checkpoint", "packing", "runs", "data", "lora"},
+    "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
     "layout": {"model", "distributed", "kernels"},
-    "checkpoint": {"model", "tokenizer", "layout"},
-    "rewards": {"model", "checkpoint", "tokenizer", "pairs", "packing"},
-    "lora": {"model", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora"},
+    "checkpoint": {"model", "tokenizer", "layout", "distributed", "disk"},
+    "disk": {"distributed"},
+    "state": {"disk", "distributed", "layout", "tokenizer"},
+    "rewards": {"model", "disk", "checkpoint", "tokenizer", "pairs", "packing"},
+    "lora": {"model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
+    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "model"},
     "transfer": {"distributed", "layout"},
     "web": {"data"},
     "model": {"distributed", "kernels", "packing"},

@@ -16,10 +16,11 @@ from test_resume import at, die
 from torch import Tensor
 from torch.func import functional_call
 
-from minitrl import checkpoint, lora, training
+from minitrl import checkpoint, disk, lora, training
 from minitrl.distributed import World
 from minitrl.kernels import linear as linear_file
-from minitrl.model import Linear, hf_tensors
+from minitrl.layout import hf_tensors
+from minitrl.model import Linear
 from minitrl.packing import pack, pack_groups
 from minitrl.rollout import Engine
 
@@ -431,7 +432,7 @@ OPTIONS |= dict(vllm_importance_sampling_correction=False)
 
 
 def trained(path):
-    return checkpoint.opened(path / "final/adapter_model.safetensors")
+    return disk.opened(path / "final/adapter_model.safetensors")
 
 
 def test_a_run(tiny, tmp_path):
@@ -445,7 +446,7 @@ def test_a_run(tiny, tmp_path):
     assert max(row["sampling/sampling_logp_difference/max"] for row in steps(tmp_path)) < 1e-3
     model, _ = lora.open_model(str(tmp_path / "final"))
     names = {name for name, _ in model.named_parameters() if ".adapter." in name}
-    with checkpoint.opened(tmp_path / "checkpoints/step_12/optimizer.safetensors") as state:
+    with disk.opened(tmp_path / "checkpoints/step_12/optimizer.safetensors") as state:
         assert {name.partition(".")[2] for name in state.keys()} == {*names, ""}
     base = fresh(tiny)
     assert all(torch.equal(p, base.get_parameter(name)) for name, p in model.named_parameters() if name not in names)
@@ -571,7 +572,7 @@ def test_peft_loads_ours_and_we_load_theirs(name, tmp_path):
     config = transformers.AutoConfig.for_model(kind, **source)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path / "base")
-    with checkpoint.opened(tmp_path / "base/model.safetensors") as found, torch.no_grad():
+    with disk.opened(tmp_path / "base/model.safetensors") as found, torch.no_grad():
         for name_, (ours, place, _) in hf_tensors(base.config).items():
             base.get_parameter(ours)[place or slice(None)].copy_(found.get_tensor(name_))
     ids = torch.randint(VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))

@@ -393,7 +393,7 @@ def test_without_a_reference(files, tmp_path):
 def test_a_full_disk_costs_the_reference_alone(files, tmp_path):
     """What is computed is used; the run says that it is not kept."""
     outcome = launch(argv(files, tmp_path, max_steps=1, reference_cache=tmp_path / "kept"),
-                     hooks={0: partial(at, "minitrl.checkpoint:save_file", 0, 1, full_disk)}, main=dpo.main)
+                     hooks={0: partial(at, "minitrl.disk:write_tensors", 0, 1, full_disk)}, main=dpo.main)
     assert outcome.code == 0 and "reference: its log-probs are not kept" in outcome.out, outcome
 
 

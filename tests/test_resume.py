@@ -30,8 +30,8 @@ FAULTS = {  # where the process dies: function, the step whose metrics have been
     "backward": ("minitrl.losses:grpo_loss", 3, 2),
     "optimizer": ("minitrl.training:Optimizer._round_masters", 3, 1),
     "rows": ("minitrl.runs:RunFolder.append_metrics", 4, 1),
-    "weights": ("minitrl.checkpoint:save_file", 4, 1),
-    "state": ("minitrl.checkpoint:write_json", 4, 1),
+    "weights": ("minitrl.disk:write_tensors", 4, 1),
+    "state": ("minitrl.state:write_json", 4, 1),
     "rename": ("os:rename", 4, 1),
     "renamed": ("shutil:rmtree", 4, 2),
     "final": ("minitrl.checkpoint:_save_weights", 5, 1),
@@ -64,7 +64,7 @@ def die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_amid(tensors, path) -> None:
+def die_amid(path, *_) -> None:
     """Half of a file is on the disk."""
     path.write_bytes(b"\0" * 1000)
     die()
@@ -262,7 +262,7 @@ def test_step_10_is_newer_than_step_9(tiny, tmp_path):
 def test_a_full_disk_spares_what_is_saved(tiny, tmp_path, undisturbed, step):
     """Status 1 and one line; the older checkpoint is whole, no half of the new one is left, and the run goes on."""
     argv = tiny.argv(tmp_path, save_steps=2, **KINDS["float32"])
-    hook = functools.partial(at, "minitrl.checkpoint:save_file", step, 1, full_disk)
+    hook = functools.partial(at, "minitrl.disk:write_tensors", step, 1, full_disk)
     outcome = launch(argv, hooks={0: hook})
     assert outcome.code == 1 and outcome.err.count("\n") == 1
     assert f"step_{step}" in outcome.err and "No space left on device" in outcome.err

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitrl.checkpoint import _digest_of, _verified, load_state, save_state
+from minitrl.disk import digest_of
+from minitrl.distributed import ALONE
+from minitrl.state import VERSION, _verified, load_state, save_state
 
 STATE = {"seed": 2**63 + 1, "loss": 0.1 + 0.2, "names": ["a", "ü"], "nested": {"none": None, "yes": True}, "7": "7"}
 
@@ -106,8 +108,8 @@ DAMAGE = {
     "list": (lambda f: (f / "state.json").write_text("[]"), "expected a JSON object"),
     "state changed": (lambda f: edit(f / "state.json", state={}), "state.json was changed"),
     "file list changed": (lambda f: edit(f / "state.json", files={}), "state.json was changed"),
-    "foreign version": (lambda f: edit(f / "state.json", version=2), "format 'minitrl state' version 2"),
-    "foreign format": (lambda f: edit(f / "state.json", format="other"), "format 'other' version 1"),
+    "foreign version": (lambda f: edit(f / "state.json", version=VERSION + 1), f"format 'minitrl state' version {VERSION + 1}"),
+    "foreign format": (lambda f: edit(f / "state.json", format="other"), f"format 'other' version {VERSION}"),
     "renamed": (lambda f: f.rename(f.with_name("step_7")), "state.json is of step 6"),
     "a file": (lambda f: f.rename(f.with_name("away")) and f.write_text("x"), "Not a directory"),
 }
@@ -154,12 +156,12 @@ def test_forged_file_name_is_not_followed(tmp_path):
     body = json.loads(path.read_text())
     del body["sha256"]
     body["files"]["../../secret.safetensors"] = {"size": 1, "sha256": "0"}
-    path.write_text(json.dumps({"sha256": _digest_of(body), **body}))
+    path.write_text(json.dumps({"sha256": digest_of(body), **body}))
     with pytest.raises(ValueError, match="names '../../secret.safetensors', which is no file of a checkpoint"):
         load_state(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["minitrl.checkpoint.save_file", "pathlib.Path.write_text", "os.fsync", "os.rename",
+@pytest.mark.parametrize("target", ["minitrl.disk.write_tensors", "pathlib.Path.write_text", "os.fsync", "os.rename",
                                     "pathlib.Path.mkdir"])
 @pytest.mark.parametrize("code", [28, 13, 30], ids=["disk full", "no permission", "read-only"])
 def test_failed_save_leaves_the_older_ones(target, code, tmp_path, monkeypatch):
@@ -219,7 +221,7 @@ def test_disk_that_is_really_full(tmp_path):
     save(tmp_path, 1)
     result = run_python("""
 import resource, signal, sys, torch
-from minitrl.checkpoint import save_state
+from minitrl.state import save_state
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
@@ -232,7 +234,7 @@ except OSError as error:
     assert_is(load_state(tmp_path), 1)
 
 
-@pytest.mark.parametrize("point", ["minitrl.checkpoint.save_file", "os.fsync", "os.rename", "shutil.rmtree",
+@pytest.mark.parametrize("point", ["minitrl.disk.write_tensors", "os.fsync", "os.rename", "shutil.rmtree",
                                    "os.unlink"])
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_killed_while_saving(point, call, tmp_path):
@@ -259,7 +261,7 @@ def test_killed_while_saving(point, call, tmp_path):
     assert step in (2, 3)
     assert_is(load_state(tmp_path), step)
     for name in (name for name in steps(tmp_path) if name.startswith("step_")):  # none is half removed either
-        _verified(tmp_path / "checkpoints" / name, int(name[5:]))
+        _verified(tmp_path / "checkpoints" / name, int(name[5:]), ALONE)
     save(tmp_path, 3, keep=1)
     assert steps(tmp_path) == ["step_3"]
     assert_is(load_state(tmp_path), 3)

@@ -12,7 +12,7 @@ from test_checkpoint import CONFIG, edit_weights, tiny
 from test_tokenizer import write_folder
 
 import minitrl
-from minitrl.model import hf_tensors
+from minitrl.layout import hf_tensors
 from minitrl.packing import pack, pack_groups
 
 SCALAR = dict(architectures=["LlamaForSequenceClassification"], num_labels=1)

@@ -210,7 +210,7 @@ def test_a_run_leaves_what_it_should(whole, files):
 
 @pytest.mark.parametrize("where", [
     ("minitrl.model:Model.logprob_sum", 3, 2), ("minitrl.training:Optimizer._round_masters", 3, 1),
-    ("minitrl.runs:RunFolder.append_metrics", 4, 1), ("minitrl.checkpoint:save_file", 4, 1), ("os:rename", 4, 1),
+    ("minitrl.runs:RunFolder.append_metrics", 4, 1), ("minitrl.disk:write_tensors", 4, 1), ("os:rename", 4, 1),
     ("minitrl.checkpoint:_save_weights", 5, 1),
 ], ids=lambda where: where[0].split(":")[1])  # fmt: skip
 def test_killed_and_resumed_to_the_bit(files, whole, tmp_path, where):

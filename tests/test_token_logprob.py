@@ -1,13 +1,16 @@
 """Log-prob and entropy of tokens, forward and backward, without the (T, V) logits."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from accuracy import assert_as_exact_as_plain
+from processes import run_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minitrl import distributed
 from minitrl.kernels import token_logprob as kernel
 from minitrl.kernels.token_logprob import IGNORE, token_logprob, token_logprob_reference
 
@@ -341,3 +344,33 @@ def test_a_frozen_weight_gets_no_gradient_and_the_states_do():
     expected, x.grad = x.grad, None
     token_logprob(x, given["weight"], given["targets"])[0].sum().backward()
     assert torch.allclose(expected, x.grad, atol=1e-12) and given["weight"].grad is None
+
+
+# --- ranks that share a vocabulary -----------------------------------------------------------------------------------
+
+
+def rank_of_group(given: dict, vocabulary: int):
+    world = distributed.start("cpu", 60)
+    group = torch.distributed.group.WORLD
+    bounds = kernel.cuts(vocabulary, world.size)
+    mine = slice(bounds[world.rank], bounds[world.rank + 1])
+    options = {"vocabulary": vocabulary, "group": group}
+    whole = run(token_logprob, **given, temperature=0.7)
+    shared = run(partial(token_logprob, **options), **given | {"weight": given["weight"][mine]}, temperature=0.7)
+    for name, expected in whole.items():
+        expected = expected[mine] if name == "d_weight" else expected
+        torch.testing.assert_close(shared[name], expected, rtol=1e-12, atol=1e-13)
+    weights = given["upstream"]
+    pieces = given["hidden"], given["weight"], given["targets"], *weights
+    _, *found = kernel.token_logprob_sum(*pieces[:4])
+    _, *shared = kernel.token_logprob_sum(pieces[0], pieces[1][mine], *pieces[2:4], **options)
+    assert torch.equal(shared[2], found[2]) and found[2].any()
+    torch.testing.assert_close(shared[0], found[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("vocabulary", "ranks"), [(1025, 2), (7000, 2), (9000, 4)])
+def test_ranks_share_a_vocabulary(vocabulary, ranks):
+    given = inputs(33, vocabulary, 8)
+    likeliest = (given["hidden"] @ given["weight"].T).argmax(1)
+    given["targets"][::3] = likeliest[::3]
+    run_processes(rank_of_group, ranks, given, vocabulary)

@@ -20,7 +20,8 @@ from miniature import run, steps  # noqa: E402
 from minitrl import checkpoint, dpo, losses, pairs, reward  # noqa: E402
 from minitrl.data import order  # noqa: E402
 from minitrl.distributed import World  # noqa: E402
-from minitrl.model import hf_tensors, with_scalar_head  # noqa: E402
+from minitrl.layout import hf_tensors  # noqa: E402
+from minitrl.model import with_scalar_head  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
