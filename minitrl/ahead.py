@@ -33,7 +33,7 @@ def asked(rows, cursor: int, config: experience.RolloutOptions) -> tuple[list, l
 
 
 def generate(
-    engine, rows, cursor: int, functions, config: experience.RolloutOptions, run, step: int, number: int = 0, sampled=None
+    engine, rows, cursor: int, functions, config, run, step: int, number: int = 0, sampled=None
 ) -> experience.Rollouts:
     """Rollouts of the `prompts_per_step` prompts at place `cursor` and behind it, with rewards, advantages left at 0.
 
@@ -72,7 +72,7 @@ class Ahead:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.asked:
+        if self.config.max_staleness:
             self.engine.close([given for given, _ in self.asked.values()])
 
     def still(self):

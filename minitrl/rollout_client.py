@@ -146,6 +146,8 @@ class RemoteEngine:
         self.still = threading.Lock()  # held while weights are sent, and while they change
         self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`
         self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
+        self.probe = None  # a prompt to compare a server by
+        self.changed, self.courier = threading.Event(), None  # rank 0's, who sends weights while all else goes on
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
         """As `Engine.generate`. ConnectionError names the servers where none can be had for timeout_s."""
@@ -170,27 +172,44 @@ class RemoteEngine:
 
     @contextmanager
     def updating(self, step: int):
-        """Inside, the policy's weights become those of `step`, while none are sent; these are, by who asks next."""
+        """Inside, the policy's weights become those of `step`, while none are sent. Then these are, in the background:
+        by rank 0, for all ranks, whether or not it has something to ask for itself."""
         with self.still:
             yield
             self._renew(step)
+        if self.courier is None and self.world.rank == 0:
+            self.courier = threading.Thread(target=self._keep_sending, daemon=True)
+            self.courier.start()
+        self.changed.set()
+
+    def _keep_sending(self) -> None:
+        while self.courier:
+            with suppress(ValueError):  # who asks that server meets the same, and says so
+                self.revive()
+            self.changed.wait(0.2)  # a server that was lost may be back
+            self.changed.clear()
 
     def forget(self, least: int) -> None:
         """Nothing that is asked for may be of weights before step `least` any more."""
         self.known = {version: known for version, known in self.known.items() if known[1] >= least}
 
     def close(self, asked: list[tuple[Future, threading.Event]]) -> None:
-        """End what was asked for."""
+        """End what was asked for, and the sending."""
+        courier, self.courier = self.courier, None
+        self.changed.set()
         for _, over in asked:
             over.set()
         while wait([future for future, _ in asked], 0.1).not_done:
             for server in self.servers:
                 server.hang_up()
+        if courier:
+            courier.join(10)
 
     def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
         """A request for each prompt."""
         ids = [p if isinstance(p, list) and isinstance(p[0], int) else self.tokenizer.prompt_ids(p) for p in prompts]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(ids)
+        self.probe = ids[0] if ids else self.probe
         return [
             {"prompt": prompt, "seed": s, "n": n, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
@@ -209,8 +228,7 @@ class RemoteEngine:
             self.known = self.known | {self.version: (digest, step)}
 
     def _gather(self, bodies: list[dict], over: threading.Event, least: int | None = None) -> list[list[Completion]]:
-        probe = bodies[0]["prompt"] if bodies else None
-        self.revive(probe)
+        self.revive()
         stop = time.monotonic() + self.timeout_s
         with ThreadPoolExecutor(min(IN_FLIGHT, len(bodies)) or 1) as pool:
             futures = [pool.submit(self._complete, body, over, least) for body in bodies]
@@ -228,22 +246,22 @@ class RemoteEngine:
                     if over.is_set():
                         raise ConnectionAbortedError("it is not wanted any more")
                     if open_ or not ready:
-                        self.revive(probe)
+                        self.revive()
             finally:
                 over.set()
                 for future in futures:
                     future.cancel()
         return [future.result() for future in futures]
 
-    def revive(self, probe: list[int] | None) -> None:
+    def revive(self) -> None:
         """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
         with self.still:
             due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
             if due:
                 with ThreadPoolExecutor(len(due)) as pool:
-                    list(pool.map(lambda server: self._try(server, probe), due))
+                    list(pool.map(self._try, due))
 
-    def _try(self, server: _Server, probe: list[int] | None) -> None:
+    def _try(self, server: _Server) -> None:
         try:
             state = server.ask("GET", "/weights", None, 10.0)
             if state.get("deterministic") != self.policy.deterministic:
@@ -252,8 +270,8 @@ class RemoteEngine:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 self._update(server, state)
-            if probe and self.world.rank == 0:
-                self._compare(server, probe)
+            if self.probe and self.world.rank == 0:
+                self._compare(server, self.probe)
         except (Lost, ConnectionError) as error:
             self._leave_out(server, error)
             return
