@@ -1,4 +1,4 @@
-"""--max_staleness: sampling goes on while the policy is trained, and nothing older than the bound is ever trained on."""
+"""--max_staleness: sampling goes on while the policy is trained; what is older than the bound is never trained on."""
 
 import functools
 import os
@@ -36,7 +36,8 @@ def scaled(policy, factor=1.02) -> None:
 
 
 def arguments(tiny, folder, url, **options) -> list[str]:
-    return tiny.argv(folder, rollout_server=url, **{"max_staleness": 1, "max_steps": 6, "tokens_per_microbatch": 64, **options})
+    options = {"max_staleness": 1, "max_steps": 6, "tokens_per_microbatch": 64, **options}
+    return tiny.argv(folder, rollout_server=url, **options)
 
 
 def train(tiny, folder, url, **options) -> miniature.Outcome:
