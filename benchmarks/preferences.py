@@ -1,9 +1,10 @@
-"""Preferences from sums: the right answer over a wrong one that looks the same.
+"""Preferences from sums: the right answer over a wrong one that looks the same. And demonstrations: the right answer.
 
     python -m benchmarks.preferences OUT       after python -m benchmarks.real OUT, which writes the sums
 
     OUT/chain_sum_pairs_train.jsonl    4 pairs for each of 754 sums and differences
     OUT/chain_sum_pairs_test.jsonl     2 pairs for each of 128 more, of other numbers
+    OUT/chain_sum_demonstrations_{train,test}.jsonl     the same questions, each once with its answer
 
 A wrong answer is the right one to another question of the same file, with the same sign and as many digits. So neither
 length nor form tells it from a right one, nor which answers are frequent: what is left is the sum.
@@ -25,9 +26,14 @@ def pairs(rows: list[dict], each: int, seed: int = 0) -> list[dict]:
     for row in rows:
         others = [answer for answer in alike[form(row["answer"])] if answer != row["answer"]]
         for wrong in draw.choices(others, k=each) if others else []:
-            answers = [[{"role": "assistant", "content": text}] for text in (row["answer"], wrong)]
-            found.append({"prompt": row["prompt"], "chosen": answers[0], "rejected": answers[1]})
+            chosen, rejected = [assistant(row["answer"])], [assistant(wrong)]
+            found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
     return found
+
+
+def assistant(text: str) -> dict:
+    """A message."""
+    return {"role": "assistant", "content": text}
 
 
 def form(answer: str) -> tuple[bool, int]:
@@ -41,10 +47,11 @@ def main() -> None:
     out = parser.parse_args().out
     for name, each in (("train", 4), ("test", 2)):
         rows = [json.loads(line) for line in (out / f"chain_sum_{name}.jsonl").read_text().splitlines()]
-        path = out / f"chain_sum_pairs_{name}.jsonl"
-        made = pairs(rows, each)
-        path.write_text("".join(json.dumps(row) + "\n" for row in made))
-        print(f"{path}: {len(made)} pairs")
+        answered = [{"prompt": row["prompt"], "completion": [assistant(row["answer"])]} for row in rows]
+        for kind, made in (("pairs", pairs(rows, each)), ("demonstrations", answered)):
+            path = out / f"chain_sum_{kind}_{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in made))
+            print(f"{path}: {len(made)} rows")
 
 
 if __name__ == "__main__":

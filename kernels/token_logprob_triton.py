@@ -21,6 +21,7 @@ Where the loss is known to be sum_t (g_t log-prob_t + h_t entropy_t) before the 
 token_logprob_fwd keeps 2^d of KEPT_ROWS tokens in 16 bits, token_logprob_kept turns it into dZ in place.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -311,19 +312,19 @@ def _(hidden, weight, targets, temperature, deterministic):
 @torch.library.custom_op("minitrl::token_logprob_backward", mutates_args=())
 def token_logprob_backward_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, saved: Tensor, upstream: Tensor,
-    temperature: float, deterministic: bool, needs_hidden: bool, needs_weight: bool,
+    temperature: float, deterministic: bool, needs_hidden: bool, needs_weight: bool, bounds: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> dX and dW; empty if not needed."""
-    needs, bounds = (needs_hidden, needs_weight), cuts(len(weight), SLABS if deterministic else 1)
+    """-> dX in float32, and dW; empty if not needed."""
+    needs = needs_hidden, needs_weight
     found = gradients(hidden, weight, targets, saved, upstream, temperature, deterministic, needs, bounds)
-    d_hidden, d_weight = (dx if need else x.new_empty(0) for x, dx, need in zip((hidden, weight), found, needs))
-    return d_hidden.to(hidden.dtype), d_weight
+    empty = weight.new_empty(0, dtype=torch.float32), weight.new_empty(0)
+    return tuple(dx if need else none for dx, need, none in zip(found, needs, empty))
 
 
 @token_logprob_backward_op.register_fake
-def _(hidden, weight, targets, saved, upstream, temperature, deterministic, needs_hidden, needs_weight):
-    needed = (hidden, needs_hidden), (weight, needs_weight)
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in needed)
+def _(hidden, weight, targets, saved, upstream, temperature, deterministic, needs_hidden, needs_weight, bounds):
+    d_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=torch.float32)
+    return d_hidden, weight.new_empty(weight.shape if needs_weight else 0)
 
 
 def _save(ctx, inputs, output):
@@ -332,10 +333,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, upstream):
-    needs = ctx.needs_input_grad[:2]
-    options = ctx.temperature, ctx.deterministic, *needs
+    needs, (hidden, weight, *_) = ctx.needs_input_grad[:2], ctx.saved_tensors
+    bounds = cuts(len(weight), SLABS if ctx.deterministic else 1)
+    options = ctx.temperature, ctx.deterministic, *needs, bounds
     gradients = token_logprob_backward_op(*ctx.saved_tensors, upstream, *options)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None
+    return *(gradient.to(hidden.dtype) if need else None for gradient, need in zip(gradients, needs)), None, None, None
 
 
 token_logprob_op.register_autograd(_backward, setup_context=_save)
@@ -383,6 +385,29 @@ def _backward_sum(ctx, upstream, *_):
 token_logprob_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
+@torch.library.custom_op("minitrl::token_logprob_part", mutates_args=())
+def token_logprob_part_op(hidden: Tensor, shard: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """-> what `launch_forward` leaves of a shard of the vocabulary: chosen (T,), and partials (V / SPLIT, 3, T)."""
+    return launch_forward(hidden, shard, targets, temperature)[:2]
+
+
+@token_logprob_part_op.register_fake
+def _(hidden, shard, targets, temperature):
+    chosen = hidden.new_empty(len(targets), dtype=torch.float32)
+    return chosen, chosen.new_empty(triton.cdiv(len(shard), SPLIT), 3, len(targets))
+
+
+@torch.library.custom_op("minitrl::token_logprob_fold", mutates_args=())
+def token_logprob_fold_op(chosen: Tensor, partials: Tensor, temperature: float) -> Tensor:
+    """-> the (4, T) of token_logprob."""
+    return launch_fold(chosen, partials, temperature).contiguous()
+
+
+@token_logprob_fold_op.register_fake
+def _(chosen, partials, temperature):
+    return chosen.new_empty(4, len(chosen))
+
+
 def local_targets(targets: Tensor, first: int, stop: int) -> Tensor:
     """Targets counted from a shard's first row; -1 for those of other shards, and IGNORE as it is."""
     local = torch.where((targets >= first) & (targets < stop), targets - first, -1)
@@ -406,7 +431,7 @@ class ShardedTokenLogprob(torch.autograd.Function):
         local = local_targets(targets_some, bounds[rank], bounds[rank + 1])
         out = torch.zeros(4, len(targets), dtype=torch.float32, device=hidden.device)
         if len(scored):
-            chosen, partials, _ = launch_forward(hidden_some, shard, local, temperature)
+            chosen, partials = token_logprob_part_op(hidden_some, shard, local, temperature)
             most = triton.cdiv(triton.cdiv(vocabulary, SPLIT), ranks)
             mine = chosen.new_zeros(1 + 3 * most, len(scored))
             mine[0], mine[1 : 1 + 3 * len(partials)] = chosen, partials.flatten(0, 1)
@@ -416,7 +441,7 @@ class ShardedTokenLogprob(torch.autograd.Function):
             partials = torch.cat([part[1 : 1 + 3 * n] for part, n in zip(everyone, splits)]).unflatten(0, (-1, 3))
             owners = torch.bucketize(targets_some, targets.new_tensor(bounds[1:-1]), right=True)
             chosen = everyone[owners, 0, torch.arange(len(scored), device=owners.device)]
-            out[:, scored] = launch_fold(chosen, partials, temperature)
+            out[:, scored] = token_logprob_fold_op(chosen, partials, temperature)
         ctx.save_for_backward(hidden, shard, targets, out)
         ctx.options = vocabulary, group, temperature, deterministic
         return out
@@ -430,8 +455,8 @@ class ShardedTokenLogprob(torch.autograd.Function):
         each = (len(finest) - 1) // ranks
         bounds = finest[rank * each : (rank + 1) * each + 1]
         local = local_targets(targets, bounds[0], bounds[-1])
-        d_hidden, d_shard = gradients(
-            hidden, shard, local, out, upstream, temperature, deterministic, ctx.needs_input_grad[:2],
+        d_hidden, d_shard = token_logprob_backward_op(
+            hidden, shard, local, out, upstream, temperature, deterministic, *ctx.needs_input_grad[:2],
             [bound - bounds[0] for bound in bounds],
         )  # fmt: skip
         if ctx.needs_input_grad[0]:

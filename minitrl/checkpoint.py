@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import disk
-from .distributed import ALONE, World, carry, divide, local, together
+from .distributed import ALONE, World, carry, divide, gather_json, own_parameters, together
 from .layout import Place, boxes, hf_tensors, place_of, same_everywhere
 from .model import Model, ModelConfig, fill_scalar_head
 from .tokenizer import Tokenizer, read_json, write_json
@@ -121,11 +121,19 @@ def refuse_strangers(folder) -> None:
 
 
 @torch.no_grad()
-def fingerprint(model: Model) -> str:
-    """A digest of the model's description and weights: sums over their bits, which are exact in any order."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = {name: p.view(integers[p.element_size()]) for name, p in model.named_parameters()}
-    sums = {name: int(value.sum(dtype=torch.int64)) for name, value in bits.items()}
+def fingerprint(model: Model, world: World = ALONE, dtype: torch.dtype | None = None) -> str:
+    """A digest of the model's description and weights: sums over their bits, which are exact in any order.
+
+    The same on every mesh, where all of `world` take part, and `dtype`, theirs by default, is the same.
+    """
+    integers, sums = {2: torch.int16, 4: torch.int32, 8: torch.int64}, {}
+    for name, p in own_parameters(model).items():
+        value = p.to(dtype or p.dtype)
+        sums[name] = int(value.view(integers[value.element_size()]).sum(dtype=torch.int64))
+    for part, names in ((world.shard, [*sums]), (world.tensor, [name for name in sums if not same_everywhere(name)])):
+        everyone = gather_json(sums, part)
+        for name in names:
+            sums[name] = (sum(found[name] for found in everyone) + 2**63) % 2**64 - 2**63  # as int64 overflows
     return disk.digest_of({"config": model.config.to_hf(), "sums": sums})
 
 
@@ -226,7 +234,7 @@ def _fill(model: Model, files: dict[str, list[Path]], place: Place) -> None:
     One file is open at a time so that its pages can go again.
     """
     mine = {box.tensor: box for box in boxes(model.config, place)}
-    parameters = {name: local(p) for name, p in model.named_parameters()}
+    parameters = own_parameters(model)
     for path in sorted({path for paths in files.values() for path in paths}):
         with disk.opened(path) as tensors:
             for name in set(tensors.keys()) & set(mine):
@@ -245,7 +253,7 @@ def divided(model: Model, dtype: torch.dtype, world: World, cpu_offload: bool = 
     if world.shard.size == world.tensor.size == 1:
         return model
     part = empty(model.config, dtype, world.device, world, cpu_offload)
-    theirs, ours = dict(model.named_parameters()), {name: local(p) for name, p in part.named_parameters()}
+    theirs, ours = own_parameters(model), own_parameters(part)
     whole = {box.tensor: box for box in boxes(model.config)}
     for box in boxes(model.config, place_of(world)):
         data = theirs[box.parameter][whole[box.tensor].at :][slice(*box.rows)]
@@ -290,7 +298,7 @@ def _save_weights(model: Model, folder: Path, dtype: torch.dtype, max_shard_byte
 @torch.no_grad()
 def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator[Tensor | None]:
     """Tensor after tensor, in a file's order, whole and on the CPU on rank `writer`, which gets the others' boxes."""
-    tensors, parameters = world.tensor.size, dict(model.named_parameters())
+    tensors, parameters = world.tensor.size, own_parameters(model)
     holders = {}
     for rank in range(world.size):
         place = Place(rank // tensors, world.size // tensors, rank % tensors, tensors)
@@ -303,7 +311,7 @@ def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator
         for rank, box in holders[name]:
             part = torch.empty(box.shape, dtype=dtype) if rank != world.rank == writer else None
             if rank == world.rank:
-                part = local(parameters[box.parameter])[box.at : box.at + box.shape[0]].to("cpu", dtype).contiguous()
+                part = parameters[box.parameter][box.at : box.at + box.shape[0]].to("cpu", dtype).contiguous()
             if rank != writer and part is not None:
                 carry(part, rank, writer, world)
             if whole is not None:

@@ -187,6 +187,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def own_parameters(model) -> dict[str, Tensor]:
+    """By name, this process's part of each of a model's parameters."""
+    if hasattr(model, "reshard"):  # after a pass without backward FSDP2 leaves those around the blocks gathered
+        model.reshard()
+    return {name: local(p.detach()) for name, p in model.named_parameters()}
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

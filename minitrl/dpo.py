@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = training.optimizer_of(policy, config, world)
     inputs = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(held_out)}
     if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        inputs["--model"] = checkpoint.fingerprint(policy)
+        inputs["--model"] = training.fingerprint(policy, config, world)
     reference = reference_logprobs(policy, rows + held_out, config, run)
     policy.gradient_checkpointing = config.gradient_checkpointing
     state = {"delta": 0.0}
@@ -102,7 +102,8 @@ def load(config: Config, run):
     world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
-        return training.divided(policy, tokenizer, config, world), tokenizer, *toy.preferences(config.seed)
+        policy = checkpoint.divided(policy, torch.float32, world, config.cpu_offload)
+        return policy, tokenizer, *toy.preferences(config.seed)
     policy, tokenizer = training.load_model(config, world)
     lora.adapt(policy, config, world)
     tokenizer.now = run.began
@@ -117,7 +118,7 @@ def reference_logprobs(policy, rows: list[dict], config: Config, run) -> Tensor:
     """
     if config.reference_free:
         return torch.zeros(len(rows), 2)
-    key = {"model": checkpoint.fingerprint(policy), "data": data.fingerprint(rows)}
+    key = {"model": training.fingerprint(policy, config, run.world), "data": data.fingerprint(rows)}
     name = hashlib.sha256("".join(key.values()).encode()).hexdigest()[:16]
     folder = f"{config.reference_cache or f'{config.output_dir}/reference'}/{name}"
     try:

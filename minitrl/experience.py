@@ -209,7 +209,7 @@ def load_policy(config: RolloutOptions, world: World):
     """(policy, tokenizer) as training starts: --model's, or the embedded default's."""
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=partial(print0, world))
-        return training.divided(policy, tokenizer, config, world), tokenizer
+        return checkpoint.divided(policy, torch.float32, world, config.cpu_offload), tokenizer
     policy, tokenizer = training.load_model(config, world)
     lora.adapt(policy, config, world)
     return policy, tokenizer
@@ -252,11 +252,11 @@ def load(config: RolloutOptions, run):
     return policy, tokenizer, rows, functions, eval_rows, eval_functions
 
 
-def inputs(config: RolloutOptions, policy, rows, eval_rows) -> dict[str, str]:
+def inputs(config: RolloutOptions, policy, rows, eval_rows, world: World) -> dict[str, str]:
     """Digests of all that the options only point to: on every rank, and after a resume, it has to be the same."""
     found = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(eval_rows)}
     if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        found["--model"] = checkpoint.fingerprint(policy)
+        found["--model"] = training.fingerprint(policy, config, world)
     return found | rewards.fingerprints(config.reward + config.eval_reward)
 
 
@@ -481,7 +481,8 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():
             for key, tensor in named.items():
-                tensor.copy_(tensors[name][key])
-    run.begin(" ".join(checkpoint.fingerprint(model) for model in models))
+                saved = tensors[name][key]
+                tensor.copy_(saved if isinstance(saved, Tensor) else saved())  # state.Unread
+    run.begin(" ".join(training.fingerprint(model, run.config, run.world) for model in models))
     rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
     return step, state["cursor"], rollouts, tensors.get("known", {})

@@ -78,15 +78,16 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     reference = experience.reference_of(policy, config, world) if config.beta else None
-    mixture = {name: p.float() for name, p in reference.named_parameters()} if config.sync_ref_model else {}
+    moving = distributed.own_parameters(reference) if config.sync_ref_model else {}
+    mixture = {name: p.float() for name, p in moving.items()}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
     samples = ahead.Ahead(engine, rows, config, run)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
-    given = experience.inputs(config, policy, rows, eval_rows)
+    given = experience.inputs(config, policy, rows, eval_rows, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
-    for name, parameter in reference.named_parameters() if mixture else ():
+    for name, parameter in moving.items():
         parameter.copy_(mixture[name])
 
     def checkpoint_now() -> None:
@@ -285,8 +286,8 @@ def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
 
     The float32 `mixture` adds up what a bfloat16 reference would round away, all of it at a small alpha.
     """
-    theirs = dict(policy.named_parameters())
-    for name, ours in reference.named_parameters():
+    theirs = distributed.own_parameters(policy)
+    for name, ours in distributed.own_parameters(reference).items():
         ours.copy_(mixture[name].lerp_(theirs[name].to(mixture[name].dtype), alpha))
 
 

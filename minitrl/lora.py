@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from . import checkpoint, disk, runs
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from .config import parse
-from .distributed import ALONE, World, print0
+from .distributed import ALONE, World, own_parameters, print0
 from .layout import hf_tensors
 from .model import Linear, Model
 from .tokenizer import Tokenizer, read_json, write_json
@@ -184,15 +184,18 @@ def as_reference(model: Model):
 
 @torch.no_grad()
 def merged(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of each parameter of the base, with its adapter added if it has one; the model is left as it is."""
-    for name, p in model.named_parameters():
+    """(name, value) of each parameter of the base, with its adapter added if it has one; the model is left as it is.
+
+    Of a model that is divided, this process's part.
+    """
+    for name, p in own_parameters(model).items():
         adapter = getattr(model.get_submodule(name.rpartition(".")[0]), "adapter", None)
         if adapter is not None and name.endswith(".weight"):
             wide = torch.promote_types(p.dtype, torch.float32)
             a, b = (part.to(wide) for part in adapter.stacked())
             yield name, (p.to(wide) + adapter.scale * (b @ a)).to(p.dtype)
         elif ".adapter." not in name:
-            yield name, p.detach()
+            yield name, p
 
 
 @torch.no_grad()

@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
     each = config.num_ppo_epochs * config.num_mini_batches  # steps on each generation
     total = training.total_steps(config, len(rows), config.prompts_per_step, each)
-    given = experience.inputs(config, policy, rows, eval_rows)
+    given = experience.inputs(config, policy, rows, eval_rows, world)
     if config.value_model is not None:
-        given["--value_model"] = checkpoint.fingerprint(value_model)
+        given["--value_model"] = training.fingerprint(value_model, config, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy, value_model], optimizer)
 
     def checkpoint_now() -> None:
@@ -122,7 +122,8 @@ def load_value_model(policy, tokenizer, config: Config, world):
         return training.load_model(config, world, scalar_head=True)[0]  # what is divided cannot be copied
     if config.value_model is None:
         whole = toy.build(config.seed, world.device, log=str)[0] if world.divides else copy.deepcopy(policy)
-        return training.divided(with_scalar_head(whole, config.seed), tokenizer, config, world)
+        value_model = with_scalar_head(whole, config.seed)
+        return checkpoint.divided(value_model, torch.float32, world, config.cpu_offload)
     value_model, its = training.load_model(config, world, config.value_model, scalar_head=True)
     same = its.backend.get_vocab() == tokenizer.backend.get_vocab()  # it reads the ids that the policy writes
     require(same, "value_model", config.value_model, "a model with --model's tokenizer")

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = training.optimizer_of(model, config, world)
     inputs = {"--dataset": data.fingerprint(rows), "--eval_dataset": data.fingerprint(held_out)}
     if config.model is not None:  # the embedded model is made anew each time
-        inputs["--model"] = checkpoint.fingerprint(model)
+        inputs["--model"] = training.fingerprint(model, config, world)
 
     def backward(indices: list[int], step: int) -> dict:
         return learn(model, [rows[i] for i in indices], indices, config, world)
@@ -80,7 +80,8 @@ def load(config: Config, run):
     world = run.world
     if config.model is None:
         policy, tokenizer = toy.build(config.seed, world.device, log=lambda text: distributed.print0(world, text))
-        model = training.divided(with_scalar_head(policy, config.seed), tokenizer, config, world)
+        model = with_scalar_head(policy, config.seed)
+        model = checkpoint.divided(model, torch.float32, world, config.cpu_offload)
         return model, tokenizer, *toy.preferences(config.seed)
     model, tokenizer = training.load_model(config, world, scalar_head=True)
     lora.adapt(model, config, world)

@@ -18,6 +18,9 @@ prompt. So memory is bounded, and what is asked for alone has to fit.
 What a completion draws depends on the logits and on (seed, its index in the group) alone, never on what else is in the
 batch. Ids are what was sampled, never encoded again. Parameters are read in place: for `generate` a weight update needs
 no call; between two steps, say `weights_changed`.
+
+Processes that hold a slice of the model each (Engine.tensor) have an engine each, with the keys and values of their own
+heads, and call the same in the same order.
 """
 
 import math
@@ -25,14 +28,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import gather_ragged
 from .kernels.decode import decode, extend, make_chunks, make_layout
-from .kernels.linear import logits, packed_weights
+from .kernels.linear import packed_weights
 from .kernels.token_logprob import token_logprob
 from .model import context_length
 from .sampling import Sampling, check, is_, sample
@@ -56,10 +59,10 @@ class PagePool:
     name it outlives its last reference, until its room is needed: the one that is out of use the longest goes first.
     """
 
-    def __init__(self, config, page_size: int, max_pages: int | None, like: Tensor):
+    def __init__(self, blocks, page_size: int, max_pages: int | None, like: Tensor):
         self.page_size, self.max_pages = page_size, math.inf if max_pages is None else max_pages
-        self.layers = config.num_hidden_layers
-        self.shape = (config.num_key_value_heads, page_size, config.head_dim)
+        self.layers = len(blocks)
+        self.shape = (blocks[0].kv_heads, page_size, blocks[0].head_dim)
         self.like = like  # a parameter: pages have its dtype and device
         self.named = 0  # names given so far; a number is never used again
         self.clear()
@@ -244,19 +247,17 @@ class Engine:
             model.make_deterministic()
         like = model.head_weight.detach()
         if cache_gib is not None:
-            config = model.config
             check(max_pages is None, "cache_gib", cache_gib, "left out where max_pages is given")
             check(is_(Real, cache_gib) and 0 < cache_gib < math.inf, "cache_gib", cache_gib, "positive")
-            token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * like.itemsize
+            token = 2 * len(model.layers) * model.layers[0].kv_heads * model.layers[0].head_dim * like.itemsize
             max_pages = int(cache_gib * 2**30 / (token * page_size))
             check(max_pages > 0, "cache_gib", cache_gib, f"at least {token * page_size / 2**30:.3g}, one page")
         sizes = {"max_batch": max_batch, "page_size": page_size, "prefill_tokens": prefill_tokens}
         for option, value in (sizes if max_pages is None else sizes | {"max_pages": max_pages}).items():
             check(is_(Integral, value) and value > 0, option, value, "a positive integer")
-        self.model, self.tokenizer, self.version = model, tokenizer, 0
-        self.tensor = getattr(model, "tensor", SimpleNamespace(rank=0, size=1))
+        self.model, self.tokenizer, self.tensor, self.version = model, tokenizer, model.tensor, 0
         self.prefill_tokens = prefill_tokens
-        self.pool = PagePool(model.config, page_size, max_pages, like)
+        self.pool = PagePool(model.layers, page_size, max_pages, like)
         self.waiting, self.running = deque(), []  # first come, first served; the oldest first
         self.free_rows = list(range(max_batch))
         self.page_table = np.zeros((max_batch, self._pages(context_length(model.config))), np.int64)
@@ -510,7 +511,7 @@ class Engine:
 
     def _attend(self, slots: Tensor, table: Tensor, lengths: Tensor, counts: list[int], ends: list[int]):
         """The `attend` of a step that feeds one token of len(lengths) sequences and then counts[i] of others."""
-        single, heads, windows = len(lengths), self.model.config.num_attention_heads, self.model.config.windows
+        single, heads, windows = len(lengths), self.model.layers[0].heads, self.model.config.windows
         (kv_heads, size, _), dtype = self.pool.shape, self.pool.like.dtype
         # As wide as these rows need: a long prompt beside them must not cost them anything.
         own = table[:single, : -(-int(lengths.max()) // size) if single else 0].to(slots.device)
@@ -564,8 +565,7 @@ class Engine:
         """Draw every sequence's next token; those that end leave. Returns the requests that are finished by that."""
         if not sequences:
             return []
-        weight, deterministic = self.model.head_weight, self.model.deterministic
-        logits_BV = logits(hidden_BD, weight, deterministic)
+        deterministic, logits_BV = self.model.deterministic, self.model.project(hidden_BD)
         for s in sequences:
             if s.random is None:
                 s.random = np.random.Generator(np.random.PCG64([s.request.seed, s.index]))
@@ -579,6 +579,9 @@ class Engine:
         ids_B, logprobs_B = sample(logits_BV, uniforms_B, samplings, histories, banned)
         if deterministic:
             logprobs_B = self._as_trained(sequences, hidden_BD, logits_BV, ids_B, logprobs_B)
+        if self.tensor.size > 1:  # the first's word goes: one id drawn differently, and they would wait for ever
+            drawn = gather_ragged(torch.stack([ids_B.double(), logprobs_B.double()]), self.tensor)[0]
+            ids_B, logprobs_B = drawn[0].long(), drawn[1].float()
         if not logprobs_B.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: look at its weights and their last update")
         finished = []

@@ -7,10 +7,12 @@ follows from the weights, the prompt and the seed, so a request that was lost wi
 elsewhere: nothing is sampled twice or lost. A server that fails is left out and asked again later, each time after
 twice as long.
 
-Before anything is sampled every server has the policy's weights: rank 0 compares digests, and sends the weights where
-they differ, over a bridge (transfer.py) to each; a request names the digest that it wants to be sampled with, and a
+Before anything is sampled every server has the policy's weights: rank 0 compares digests, and where they differ has the
+weights sent, over a bridge (transfer.py) to each; a request names the digest that it wants to be sampled with, and a
 server that has other weights refuses. So one that was restarted, or that took part in another run, serves nothing
-before it is up to date; and after each update its log-probs are compared with the policy's own.
+before it is up to date. Where the trainers' mesh divides the policy each of its first replica's processes sends what it
+has, from a thread of its own, when rank 0 says so; where each has the whole, rank 0 alone does, and compares the
+server's log-probs with the policy's own after each update.
 
 What is asked for in the background (`ask`; ahead.py), while the policy is trained, names a bound instead: the digests
 of all weights since a step, any of which it may begin with. The server goes on with it when newer ones arrive, and
@@ -23,16 +25,19 @@ import math
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
+from datetime import timedelta
+from itertools import count
 from urllib.parse import urlsplit
 
 import torch
 
 from . import data, lora, transfer
-from .distributed import World, with_mesh
+from .distributed import ALONE, World, gather_json, with_mesh
 from .model import Model
 from .packing import pack_groups
 from .rollout import Completion, Engine
@@ -51,22 +56,22 @@ def engine_of(config, policy, tokenizer, world: World):
     if world.shard.size == 1 and world.tensor.size == R:
         return Engine(policy, tokenizer, **options)
     mesh = with_mesh(world, (world.size // R, 1, R), config.timeout)
-    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), mesh, **options)
+    return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, mesh.tensor, **options)
 
 
 class OwnEngine(Engine):
-    """Samples from `policy` by a model of its own, which is divided in another way: by `world.tensor`, and not at all
-    where that is one process. All of `world` call `generate` at the same places: first the weights are brought over."""
+    """Samples from `policy` by a model of its own, which is divided otherwise: by `tensor`, or not, where that is
+    one process. All of `world` call `generate` at the same places: first the weights are brought over."""
 
-    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, **options):
+    def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, tensor: World, **options):
         with torch.device("meta"):
-            model = Model(policy.config, tensor=world.tensor).to(dtype)
+            model = Model(policy.config, tensor).to(dtype)
         super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
-        self.policy, self.world = policy, world
+        self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, tensor.size)
 
     def generate(self, *arguments, **options) -> list[list[Completion]]:
         """As `Engine.generate`."""
-        transfer.reshard(self.world, self.policy, self.model)
+        self.route.carry(dict(lora.merged(self.policy)), dict(self.model.named_parameters()), self.dtype)
         return super().generate(*arguments, **options)
 
 
@@ -90,7 +95,8 @@ class _Server:
         self.port = parts.port or (443 if self.secure else 80)
         self.ready, self.load, self.why = False, 0, "not asked yet"
         self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
-        self.bridge, self.sockets = None, set()
+        self.route, self.where = None, {}  # to it, and where we have met
+        self.sockets = set()
 
     def hang_up(self) -> None:
         """End what is being asked: it is Lost."""
@@ -141,13 +147,18 @@ class RemoteEngine:
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
         self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
-        self.tensor = World(0, 1, world.device)  # each process asks for itself
+        self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
         self.still = threading.Lock()  # held while weights are sent, and while they change
         self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`
         self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
         self.probe = None  # a prompt to compare a server by
         self.changed, self.courier = threading.Event(), None  # rank 0's, who sends weights while all else goes on
+        self.mesh = world.shard.size, world.tensor.size
+        self.senders = math.prod(self.mesh)  # the first ranks
+        self.orders, self.numbers, self.routes = None, count(), {}  # rank 0's to the other senders; theirs, by URL
+        if self.senders > 1:
+            self._begin_orders()
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
         """As `Engine.generate`. ConnectionError names the servers where none can be had for timeout_s."""
@@ -219,7 +230,7 @@ class RemoteEngine:
     def _renew(self, step: int | None = None) -> None:
         """Take the policy's weights for those to sample with; all servers are to get them where they are others."""
         self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
-        digest = transfer.digest(self.tensors)
+        digest = transfer.digest(self.tensors, self.world.shard, self.world.tensor)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
             for server in self.servers:
@@ -270,7 +281,7 @@ class RemoteEngine:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 self._update(server, state)
-            if self.probe and self.world.rank == 0:
+            if self.probe and self.world.rank == 0 and self.senders == 1:
                 self._compare(server, self.probe)
         except (Lost, ConnectionError) as error:
             self._leave_out(server, error)
@@ -281,44 +292,100 @@ class RemoteEngine:
 
     def _update(self, server: _Server, state: dict) -> None:
         """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
-        described = transfer.describe(self.tensors)
-        if state.get("tensors") != described:
+        theirs, dtype = state.get("tensors"), next(iter(self.tensors.values())).dtype
+        if self.senders > 1:  # masters in float32: they are sent in what the server has
+            dtype = torch.bfloat16 if str(theirs)[:200].count("bfloat16") else torch.float32
+        described = transfer.describe(self.policy.config, dtype)
+        if theirs != described:
             try:
-                transfer.check(state.get("tensors"), self.tensors)
+                transfer.check(theirs, described)
             except ValueError as error:
                 raise ValueError(f"--rollout_server {server.url}: serves another model, or in another --dtype: {error}"
                                  ) from None
         try:
             with ThreadPoolExecutor(1) as pool:
-                if server.bridge is None or state.get("generation") != server.bridge.generation:
-                    self._meet(server, pool)
-                asked = {"generation": server.bridge.generation, "version": self.version, "tensors": described}
+                if server.route is None or state.get("generation") != server.route.link.generation:
+                    self._meet(server, state.get("tensor_parallel_size"), dtype, pool)
+                else:
+                    self._order(server.where, dtype)
+                asked = {"generation": server.route.link.generation, "version": self.version, "digest": self.digest,
+                         "tensors": described}  # fmt: skip
                 updated = pool.submit(server.ask, "POST", "/weights/update", asked, self.timeout_s)
                 try:
-                    sent = transfer.send(server.bridge, self.tensors)
+                    transfer.send(server.route, self.tensors, dtype)
                 except ConnectionError:
                     updated.result()  # says why, if it was the server that did not want them
                     raise
-                if updated.result().get("digest") != sent:
+                if updated.result().get("digest") != self.digest:
                     raise Lost("took over other weights than were sent")
         except BaseException:
-            if server.bridge:
-                server.bridge.close()
-            server.bridge = None
+            if server.route:
+                server.route.link.close()
+            server.route = None
             raise
 
-    def _meet(self, server: _Server, pool) -> None:
+    def _meet(self, server: _Server, slices: int, dtype: torch.dtype, pool) -> None:
         """A new bridge to a server, which we keep the store of. Its number is larger than any before it anywhere."""
-        generation, secret = time.time_ns() // 10**6, secrets.token_hex(16)
+        if not (type(slices) is int and 1 <= slices <= 4096):
+            raise Lost(f"tensor_parallel_size {str(slices)[:80]}: not an answer of ours")
         listener = transfer.listen(transfer.local_address(server.host, server.port))
         host, port = listener.getsockname()[:2]
-        asked = {"host": host, "port": port, "rank": 1, "size": 2, "generation": generation, "secret": secret}
-        met = pool.submit(server.ask, "POST", "/weights/meet", asked, self.timeout_s)
-        server.bridge = transfer.Bridge(
-            host, port, 0, 2, generation=generation, secret=secret, device=self.world.device, timeout_s=self.timeout_s,
-            listener=listener, unless=lambda: met.done() and met.result(),
-        )  # fmt: skip
+        meeting = {"host": host, "port": port, "generation": time.time_ns() // 10**6, "secret": secrets.token_hex(16)}
+        server.where = meeting | {"url": server.url, "slices": slices}
+        mesh = {"shard": self.mesh[0], "tensor": self.mesh[1]}
+        met = pool.submit(server.ask, "POST", "/weights/meet", meeting | mesh, self.timeout_s)
+        self._order(server.where, dtype)
+        server.route = self._route(server.where, listener=listener, unless=lambda: met.done() and met.result())
         met.result()
+
+    def _route(self, where: dict, **keeper) -> transfer.Route:
+        bridge = transfer.Bridge(
+            where["host"], where["port"], self.world.rank, self.senders + where["slices"],
+            generation=where["generation"], secret=where["secret"], device=self.world.device,
+            timeout_s=self.timeout_s, **keeper,
+        )  # fmt: skip
+        return transfer.between(bridge, self.policy.config, self.mesh, where["slices"])
+
+    def _begin_orders(self) -> None:
+        """A store by which rank 0 tells the other senders to send: they may be anywhere in their own work then."""
+        listener = transfer.listen(os.environ["MASTER_ADDR"]) if self.world.rank == 0 else None
+        host, port = gather_json(listener and listener.getsockname()[:2], self.world)[0]
+        if self.world.rank < self.senders:
+            self.orders = transfer.store_at(host, port, listener, transfer.MEET_SECONDS)
+        if 0 < self.world.rank < self.senders:
+            threading.Thread(target=self._obey, daemon=True).start()
+
+    def _order(self, where: dict, dtype: torch.dtype) -> None:
+        if self.orders:
+            self.orders.set(str(next(self.numbers)), json.dumps(where | {"dtype": str(dtype).removeprefix("torch.")}))
+
+    def _obey(self) -> None:
+        """Send what we have whenever rank 0 says so, while it lives. Weights do not change meanwhile: rank 0 takes part
+        in that, and waits until all that is sent has arrived."""
+        for number in self.numbers:
+            try:
+                while True:
+                    with suppress(transfer.NothingYet):
+                        self.orders.wait([str(number)], timedelta(seconds=60))
+                        break
+                order = json.loads(self.orders.get(str(number)))
+            except RuntimeError:
+                return
+            threading.Thread(target=self._send, args=(order,), daemon=True).start()
+
+    def _send(self, order: dict) -> None:
+        route = self.routes.pop(order["url"], None)
+        try:
+            if route and route.link.generation != order["generation"]:
+                route.link.close()
+                route = None
+            route = route or self._route(order)
+            transfer.send(route, self.tensors, getattr(torch, order["dtype"]))
+            self.routes[order["url"]] = route
+        except ConnectionError as error:  # rank 0 learns it from the server, and begins anew
+            print(f"weights: {error}", file=sys.stderr, flush=True)
+            if route:
+                route.link.close()
 
     @torch.no_grad()
     def _compare(self, server: _Server, prompt: list[int]) -> None:

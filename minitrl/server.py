@@ -8,6 +8,11 @@ between two steps of the engine, and waits; nothing that comes over a socket run
 numbers. New weights (`transfer`) are received beside the old ones, which serve until the set is whole and verified, and
 are put in place between two steps, without a request being dropped; every token is told with the version it is from.
 
+A model too large for one device is served by several processes with a slice each: the first is the server, the others
+repeat what its engine does (lockstep.py) and receive their own slices of new weights.
+
+    torchrun --nproc_per_node 2 -m minitrl.server --model FOLDER --tensor_parallel_size 2
+
 Without a key the server listens on loopback alone, and only to requests that name it so; with a key, on every route.
 """
 
@@ -31,12 +36,15 @@ from typing import Literal
 
 import torch
 
-from . import checkpoint, data, distributed, runs, toy, transfer, web
+from . import checkpoint, data, distributed, lockstep, runs, toy, transfer, web
 from .config import CommonOptions, parse, require
 from .layout import hf_tensors
 from .rollout import Engine, context_length
 from .sampling import Sampling
 from .web import MUST, Fields, Refused, error_of, is_loopback
+
+
+HEARTBEAT = 5.0  # seconds: how often idle processes that serve one model together say so to each other
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights
     deterministic: bool = False  # a completion's bits depend on nothing else; a trainer with the same option has them
-    tensor_parallel_size: int = 1  # only 1 is built
+    tensor_parallel_size: int = 1  # processes that hold a slice of the model each: torchrun --nproc_per_node
     max_batch: int = 64  # sequences decoded at a time
     cache_gib: float | None = None  # bound of the key/value cache; none: as the load needs
     prefill_tokens: int = 4096  # tokens of prompts computed in a step at most
@@ -61,16 +69,15 @@ class Config:
     max_n: int = 256  # completions of a prompt
     max_body_mib: float = 8.0  # size of a request
     max_connections: int = 256  # open at a time
-    transfer_timeout: float = 300.0  # seconds that a weight update waits for its sender
+    transfer_timeout: float = 300.0  # seconds that a weight update waits for its sender, and slices for each other
     drain_timeout: float = 30.0  # seconds that running requests get to finish after SIGTERM
 
     def __post_init__(self):
-        require(self.tensor_parallel_size == 1, "tensor_parallel_size", self.tensor_parallel_size, "1: one process "
-                "holds the model; for more throughput start several servers")
-        whole = self.model is not None or self.dtype == "float32"
-        require(whole, "dtype", self.dtype, "float32 without --model: the embedded default is")
+        whole = self.model is not None or (self.dtype == "float32" and self.tensor_parallel_size == 1)
+        rule = "given with --dtype bfloat16 or --tensor_parallel_size: the built-in toy is in float32, and in one piece"
+        require(whole, "model", self.model, rule)
         require(0 <= self.port < 65536, "port", self.port, "from 0 to 65535")
-        for name in "max_batch prefill_tokens max_queue max_prompts max_n max_connections".split():
+        for name in "tensor_parallel_size max_batch prefill_tokens max_queue max_prompts max_n max_connections".split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in "max_body_mib transfer_timeout drain_timeout".split():
             require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1e6")
@@ -111,28 +118,18 @@ class Job:
             self.events.put(None)
 
 
-def fulfil(future: Future, function, *arguments) -> None:
-    """function(*arguments), and the future told of what it returns or raises."""
-    try:
-        result = function(*arguments)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # or they would hold on to a bridge and its port
-        with suppress(futures.InvalidStateError):  # cancelled: nobody asks any more
-            future.set_exception(error)
-    else:
-        with suppress(futures.InvalidStateError):
-            future.set_result(result)
-
-
 class Worker(threading.Thread):
-    """The thread that owns the engine: steps while there is work, and runs what others ask for between steps."""
+    """The thread that owns the engine: steps while there is work, and runs what others ask for between steps.
+
+    failure: what it ended with, if it is over: where the model is sliced, a process that is gone.
+    """
 
     def __init__(self, engine: Engine, max_queue: int):
         super().__init__(name="engine", daemon=True)
         self.engine, self.max_queue, self.jobs, self.inbox = engine, max_queue, set(), queue.SimpleQueue()
         self.tensors = {name: p.detach() for name, p in engine.model.named_parameters()}
-        self.version, self.digest, self.pending = 0, transfer.digest(self.tensors), 0
-        self.trainer = None  # whose weights they are: the bridge's generation
+        self.version, self.digest, self.pending = 0, transfer.digest(self.tensors, engine.tensor), 0
+        self.failure, self.trainer = None, None  # trainer: whose weights they are, the bridge's generation
 
     def call(self, function, *arguments):
         """function(*arguments) in the engine's thread; what it returns or raises."""
@@ -140,7 +137,7 @@ class Worker(threading.Thread):
         self.inbox.put((future, function, *arguments))
         while True:
             try:
-                return future.result(timeout=5)
+                return future.result(timeout=0.5)
             except futures.TimeoutError:
                 if not self.is_alive():
                     raise Refused(503, "the engine has stopped") from None
@@ -149,17 +146,34 @@ class Worker(threading.Thread):
         self.inbox.put(None)
 
     def run(self) -> None:
-        while True:
-            while self.engine.idle or not self.inbox.empty():
-                if (item := self.inbox.get()) is None:
-                    return
-                fulfil(*item)
+        try:
+            while self.between_steps():
+                try:
+                    self.engine.step()
+                except ConnectionError:
+                    raise
+                except Exception:  # such as logits that are not finite: those requests fail, the server goes on
+                    traceback.print_exc()
+                    for job in list(self.jobs):
+                        self.close(job, Refused(500, "the engine failed on this batch; the server's log says why"))
+        except ConnectionError as error:
+            self.failure = error
+            for job in self.jobs:
+                job.end(Refused(503, "the engine has stopped"))
+
+    def between_steps(self) -> bool:
+        """Run what others ask for, and wait while there is nothing to do; False to stop."""
+        while self.engine.idle or not self.inbox.empty():
             try:
-                self.engine.step()
-            except Exception:  # such as logits that are not finite: those requests fail, the server goes on
-                traceback.print_exc()
-                for job in list(self.jobs):
-                    self.close(job, Refused(500, "the engine failed on this batch; the server's log says why"))
+                item = self.inbox.get(timeout=HEARTBEAT if self.engine.tensor.size > 1 else None)
+            except queue.Empty:  # followers wait in bounds, and one that died has to be noticed
+                lockstep.tell(self.engine, "wait")
+                continue
+            if item is None:
+                lockstep.tell(self.engine, "stop")
+                return False
+            lockstep.fulfil(*item)
+        return True
 
     def submit(self, job: Job) -> None:
         """Queue all of a job's requests, or none of them."""
@@ -189,7 +203,8 @@ class Worker(threading.Thread):
 
     def install(self, new: dict, version: int, digest: str, trainer: int | None = None) -> None:
         """Put a whole, verified set of weights in place. Who insisted on those before is refused, and others go on."""
-        transfer.install(new, self.tensors)
+        lockstep.tell(self.engine, "install")
+        lockstep.install(self.engine, self.tensors, new)
         the_same = trainer is not None and trainer == self.trainer
         self.version, self.digest, self.trainer = version, digest, trainer
         self.engine.weights_changed(version)
@@ -203,8 +218,9 @@ class Weights:
 
     def __init__(self, worker: Worker, config: Config):
         self.worker, self.config, self.device = worker, config, worker.engine.model.head_weight.device
-        self.bridge, self.meeting, self.lock = None, Future(), threading.Lock()
+        self.bridge, self.route, self.meeting, self.lock = None, None, Future(), threading.Lock()
         self.places = hf_tensors(worker.engine.model.config)
+        self.described = transfer.describe(worker.engine.model.config, worker.engine.model.head_weight.dtype)
         self.named, self.line = {}, ThreadPoolExecutor(1)  # TRL's: what has come so far, one after the other
 
     @contextmanager
@@ -225,12 +241,26 @@ class Weights:
     def close(self) -> None:
         """Leave the bridge, or the meeting that still waits for somebody to come."""
         self.meeting.cancel()
-        bridge, self.bridge, self.named = self.bridge, None, {}
+        bridge, self.bridge, self.route, self.named = self.bridge, None, None, {}
         if bridge:
             bridge.close()
 
-    def meet(self, host: str, port: int, rank: int, size: int, generation: int, secret: str = "", listener=None):
-        """Join a bridge, in place of the one before."""
+    def meet(self, host: str, port: int, generation: int, secret: str, mesh: tuple[int, int]) -> None:
+        """Join a bridge to a trainer of so many (shard, tensor) processes, in place of the one before."""
+        engine, where = self.worker.engine, (host, port, generation, secret, mesh)
+
+        def meeting(unless) -> transfer.Route:
+            self.worker.call(lockstep.tell, engine, "meet", *where)
+            return lockstep.join(engine, self.config.transfer_timeout, *where, unless)
+
+        self._meet(meeting)
+
+    def meet_trl(self, host: str, port: int, listener) -> None:
+        """The same with TRL's client, which comes to us as rank 1."""
+        options = {"generation": 0, "device": self.device, "timeout_s": self.config.transfer_timeout}
+        self._meet(lambda unless: transfer.Bridge(host, port, 0, 2, listener=listener, unless=unless, **options))
+
+    def _meet(self, function) -> None:
         self.close()
         with self.alone():
             self.meeting = meeting = Future()
@@ -239,29 +269,30 @@ class Weights:
                 if meeting.cancelled():
                     raise ConnectionAbortedError
 
-            join = functools.partial(
-                transfer.Bridge, host, port, rank, size, generation=generation, secret=secret, device=self.device,
-                timeout_s=self.config.transfer_timeout, listener=listener, unless=unless,
-            )  # fmt: skip
             # Aside, since torch waits without limit for a store that takes a connection and says nothing.
-            threading.Thread(target=fulfil, args=(meeting, join), daemon=True).start()
+            lockstep.aside(function, unless, future=meeting)
             try:
-                self.bridge = meeting.result(self.config.transfer_timeout + 1)
+                met = meeting.result(self.config.transfer_timeout + 1)
             except futures.TimeoutError:
-                raise ConnectionError(f"nothing came of meeting at {host}:{port}") from None
+                raise ConnectionError("nothing came of the meeting") from None
             except futures.CancelledError:
                 raise ConnectionAbortedError("another meeting was called") from None
+            self.bridge, self.route = (met.link, met) if isinstance(met, transfer.Route) else (met, None)
 
-    def update(self, generation: int, version: int, tensors) -> None:
-        """Receive a whole set from rank 0; raises Refused, and nothing has changed, where it does not fit or come."""
+    def update(self, generation: int, version: int, digest: str, tensors) -> None:
+        """Receive a whole set; raises Refused, and nothing has changed, where it does not fit or come.
+
+        digest: what the trainer calls this set, the same on all of its processes.
+        """
         with self.alone():
-            if self.bridge is None or self.bridge.generation != generation:
+            if self.route is None or self.bridge.generation != generation:
                 raise Refused(409, f"generation: there is no bridge of generation {generation} here", "generation")
             try:
-                transfer.check(tensors, self.worker.tensors)
+                transfer.check(tensors, self.described)
             except ValueError as error:
                 raise Refused(400, str(error), "tensors") from None
-            new, digest = transfer.receive(self.bridge, self.worker.tensors)
+            self.worker.call(lockstep.tell, self.worker.engine, "receive")
+            new = transfer.receive(self.route, self.worker.tensors)
             self.worker.call(self.worker.install, new, version, digest, generation)
 
     def aside(self, action, *arguments) -> None:
@@ -486,6 +517,8 @@ class Connection(web.Connection):
         fields.take("host", str), fields.take("world_size", int, None, 1, 4096)
         host, port = self.server.config.host, fields.take("port", int, MUST, 1, 65535)
         fields.done()
+        if self.worker.engine.tensor.size > 1:
+            raise Refused(400, "TRL's client sends whole tensors: start the server with --tensor_parallel_size 1")
         self.server.weights.close()  # a client that was killed may still have the port
         for left in reversed(range(100)):
             try:
@@ -495,7 +528,7 @@ class Connection(web.Connection):
                 if not left:
                     raise Refused(409, f"port: {error.strerror}", "port") from None
                 time.sleep(0.02)
-        self.server.weights.aside(self.server.weights.meet, host, port, 0, 2, 0, "", listener)
+        self.server.weights.aside(self.server.weights.meet_trl, host, port, listener)
         return {"message": "Request received, initializing communicator"}
 
     def update_named_param(self, fields: Fields):
@@ -520,22 +553,25 @@ class Connection(web.Connection):
     def weights(self, fields: Fields):
         deterministic = self.worker.engine.model.deterministic
         state = {"version": self.worker.version, "digest": self.worker.digest, "deterministic": deterministic}
-        bridge = self.server.weights.bridge
-        return state | {"generation": bridge and bridge.generation, "tensors": transfer.describe(self.worker.tensors)}
+        bridge, slices = self.server.weights.bridge, self.worker.engine.tensor.size
+        return state | {"generation": bridge and bridge.generation, "tensor_parallel_size": slices,
+                        "tensors": self.server.weights.described}
 
     def weights_meet(self, fields: Fields):
         host, port = fields.take("host", str, MUST), fields.take("port", int, MUST, 1, 65535)
-        rank, size = (fields.take(name, int, MUST, 1, 4096) for name in ("rank", "size"))
+        mesh = tuple(fields.take(name, int, 1, 1, 4096) for name in ("shard", "tensor"))
         generation, secret = fields.take("generation", int, MUST, 0, 2**53), fields.take("secret", str, "")
         fields.done()
-        self.server.weights.meet(host, port, rank, size, generation, secret)
+        self.server.weights.meet(host, port, generation, secret, mesh)
         return {"generation": generation}
 
     def weights_update(self, fields: Fields):
         numbers = [fields.take(name, int, MUST, 0, 2**53) for name in ("generation", "version")]
-        tensors = fields.take("tensors", list, MUST)
+        digest, tensors = fields.take("digest", str, MUST), fields.take("tensors", list, MUST)
         fields.done()
-        self.server.weights.update(*numbers, tensors)
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise Refused(400, "digest: 64 hexadecimal digits", "digest")
+        self.server.weights.update(*numbers, digest, tensors)
         return {"version": self.worker.version, "digest": self.worker.digest}
 
 
@@ -547,7 +583,8 @@ Connection.routes = {
     ("GET", "/weights"): Connection.weights,
     ("POST", "/weights/meet"): Connection.weights_meet,
     ("POST", "/weights/update"): Connection.weights_update,
-    ("GET", "/get_tensor_parallel_size"): lambda connection, fields: {"tensor_parallel_size": 1},
+    ("GET", "/get_tensor_parallel_size"): lambda connection, _: {
+        "tensor_parallel_size": connection.worker.engine.tensor.size},
     ("POST", "/generate"): Connection.generate,
     ("POST", "/init_communicator"): Connection.init_communicator,
     ("POST", "/update_named_param"): Connection.update_named_param,
@@ -563,7 +600,7 @@ class Server(web.Server):
         self.config, self.name, self.draining = config, config.served_model_name or config.model or "toy", False
         limits = config.key, config.max_body_mib * 2**20, config.max_connections
         super().__init__(config.host, config.port, Connection, *limits)
-        self.worker = Worker(engine, config.max_queue)
+        self.worker = Worker(engine if engine.tensor.size == 1 else lockstep.Leader(engine), config.max_queue)
         self.weights = Weights(self.worker, config)
         self.worker.start()
 
@@ -576,28 +613,41 @@ class Server(web.Server):
         self.shutdown()
         self.weights.close()
         self.worker.stop()
+        self.worker.join(self.config.drain_timeout)  # until it has told its followers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT."""
     config = parse(Config, argv, preset=lambda given: {} if "model" in given else {"dtype": "float32"})
-    world = distributed.start(config.device)
-    if world.size > 1:
-        raise ValueError(f"--nproc_per_node {world.size}: one process serves; start several servers, on several ports")
-    if config.model is None:  # as it is at the default --seed; a trainer with another sends its own
-        model, tokenizer = toy.build(CommonOptions.seed, world.device)
-    else:
-        model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device)
-    engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
-                    prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
+    world, slices = distributed.start(config.device, config.transfer_timeout), config.tensor_parallel_size
+    if world.size != slices:
+        raise ValueError(f"--tensor_parallel_size {slices}: {world.size} processes were started; start as many "
+                         "(torchrun --nproc_per_node), or for more throughput several servers, on several ports")
+    if slices > 1:
+        world = distributed.with_mesh(world, (1, 1, slices), config.transfer_timeout)
+    try:
+        if config.model is None:  # as it is at the default --seed; a trainer with another sends its own
+            model, tokenizer = toy.build(CommonOptions.seed, world.device)
+        else:
+            model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device, world=world)
+        engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
+                        prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
+    except ValueError as error:  # which speaks of a trainer's option
+        raise ValueError(str(error).replace("--tensor ", "--tensor_parallel_size ")) from None
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(1) if stop.is_set() else stop.set())
+    if world.rank > 0:  # it ends when the server says so, or is gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
+        lockstep.Follower(engine, config.transfer_timeout).run()
+        return 0
     with Server(config, engine) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"serving {server.name} at {server.url}", flush=True)
         while not stop.wait(1):
-            pass
+            if server.worker.failure:
+                time.sleep(1)  # the last answers are being written
+                raise server.worker.failure
         print("stopping: no new requests; a second signal ends this at once", flush=True)
         server.drain()
     return 0

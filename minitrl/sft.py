@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = training.optimizer_of(model, config, world)
     inputs = {"--dataset": documents.digest} | ({"--eval_dataset": held_out.digest} if held_out else {})
     if config.model is not None:  # the embedded model is made anew each time, on another machine to the last bit or so
-        inputs["--model"] = checkpoint.fingerprint(model)
+        inputs["--model"] = training.fingerprint(model, config, world)
     documents, members, starts = rows(documents, config)
     distributed.print0(world, f"{len(documents)} documents, {documents.lengths.sum():,} tokens, {len(starts) - 1} rows")
 
@@ -93,7 +93,8 @@ def load(config: Config, run):
     if config.model is None:
         tokenizer = toy.make_tokenizer()
         model = toy.make_model(config.seed, tokenizer.vocab_size).to(world.device)
-        return training.divided(model, tokenizer, config, world), tokenizer, *toy.demonstrations(config.seed)
+        model = checkpoint.divided(model, torch.float32, world, config.cpu_offload)
+        return model, tokenizer, *toy.demonstrations(config.seed)
     model, tokenizer = training.load_model(config, world)
     lora.adapt(model, config, world)
     tokenizer.now = run.began

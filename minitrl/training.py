@@ -13,7 +13,6 @@ runs.py holds what happens around that: the output folder, the console, Ctrl-C.
 """
 
 import math
-import tempfile
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -63,7 +62,9 @@ class Optimizer:
         self.masters, self._grads, hooks = {}, {}, []
         self._counted = [m.adapters for m in model.modules() if getattr(m, "adapters", None)]  # dropout goes by updates
         self._divided = world.shard.size > 1  # by FSDP2
-        self._shares = model.shares() if world.tensor.size > 1 else set()
+        self._gathering = [m for m in model.modules() if hasattr(m, "reshard")]
+        models = [(f"{path}.".lstrip("."), m) for path, m in model.named_modules() if hasattr(m, "shares")]
+        self._shares = {path + name for path, m in models for name in m.shares() if world.tensor.size > 1}
         for name, p in self.parameters.items():
             if self._divided:
                 self.masters[name] = local(p.detach())
@@ -195,7 +196,9 @@ class Optimizer:
 
     @torch.no_grad()
     def _round_masters(self) -> None:
-        """Write the masters into the parameters that are not their own."""
+        """Write the masters into the parameters that are not their own, and have FSDP2 gather the others anew."""
+        for module in self._gathering:
+            module.reshard()
         for name, p in self.parameters.items():
             if self.masters[name] is not p and not self._divided:
                 p.copy_(self.masters[name])
@@ -257,17 +260,13 @@ def optimizer_of(model: nn.Module, config, world: World) -> Optimizer:
 
 def load_model(config, world: World, source: str | None = None, scalar_head: bool = False):
     """(model, tokenizer) of the folder `source`, by default --model, as the options and the mesh want it."""
-    options = {"scalar_head": scalar_head, "seed": config.seed}
+    options = {"scalar_head": scalar_head, "seed": config.seed, "world": world, "cpu_offload": config.cpu_offload}
     return checkpoint.load(source or config.model, getattr(torch, config.dtype), world.device, **options)
 
 
-def divided(model: nn.Module, tokenizer, config, world: World) -> nn.Module:
-    """A model that each process has the whole of, the embedded default's, as the mesh wants it."""
-    if not world.divides:
-        return model
-    with tempfile.TemporaryDirectory() as folder:  # it is small: by way of a file, as all others come
-        checkpoint.save(model, tokenizer, folder)
-        return load_model(config, world, folder, model.score is not None)[0]
+def fingerprint(model: nn.Module, config, world: World) -> str:
+    """`checkpoint.fingerprint`, the same on every mesh."""
+    return checkpoint.fingerprint(model, world, getattr(torch, config.dtype))
 
 
 def total(sums: dict[str, float], world: World) -> dict[str, float]:
@@ -315,7 +314,7 @@ def fit(
     state.update(saved["state"])
     if step:
         optimizer.load_state_tensors(tensors["optimizer"])
-    run.begin(checkpoint.fingerprint(model))
+    run.begin(fingerprint(model, config, world))
 
     def checkpoint_now() -> None:
         run.save(step, {"optimizer": optimizer.state_tensors()}, {"state": state}, optimizer.held)

@@ -93,7 +93,7 @@ def test_less_than_a_page_a_sequence_is_wasted(n):
 
 
 def test_pages_of_a_name_are_forgotten_from_the_longest_unused_on():
-    pool = PagePool(tiny().config, 2, 4, torch.zeros(1))
+    pool = PagePool(tiny().layers, 2, 4, torch.zeros(1))
     first, second = pool.take(2), pool.take(2)
     for pages, ids in ((first, [1, 2, 3, 4]), (second, [5, 6, 7, 8])):
         known = pool.name(pages[0], 0, tuple(ids[:2]))
@@ -109,7 +109,7 @@ def test_pages_of_a_name_are_forgotten_from_the_longest_unused_on():
 
 
 def test_two_pages_alike_have_one_name():
-    pool = PagePool(tiny().config, 2, 9, torch.zeros(1))
+    pool = PagePool(tiny().layers, 2, 9, torch.zeros(1))
     a, b, c = pool.take(3)
     assert pool.name(a, 0, (1, 2)) == pool.name(b, 0, (1, 2)) != pool.name(c, 0, (1, 3))
     pool.release([b])

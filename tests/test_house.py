@@ -13,8 +13,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "ahead experience training runs console rollout sampling rollout_client transfer losses rewards data packing pairs "
-    "checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
+    "ahead experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data "
+    "packing pairs checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -26,7 +26,8 @@ ARROWS = {
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
-    "rollout": {"sampling", "model", "packing", "tokenizer", "kernels"},
+    "rollout": {"sampling", "distributed", "model", "packing", "tokenizer", "kernels"},
+    "lockstep": {"rollout", "sampling", "distributed", "transfer"},
     "layout": {"model", "distributed", "kernels"},
     "checkpoint": {"model", "tokenizer", "layout", "distributed", "disk"},
     "disk": {"distributed"},
@@ -40,6 +41,7 @@ ARROWS = {
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
     **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo", "server")},
+    "plan": LIBRARY | {"grpo"},  # whose step it runs
 }
 
 # What else may be imported: at the top of a file, or only inside the function that needs it.
@@ -113,7 +115,7 @@ def test_the_arrows_have_no_circle():
 
     for name in ARROWS:
         reach(name)
-        assert not ARROWS[name] & SCRIPTS, f"{name} imports a script"
+        assert ARROWS[name] & SCRIPTS == ({"grpo"} if name == "plan" else set()), f"{name} imports a script"
 
 
 def offences(tree: ast.AST):

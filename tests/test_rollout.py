@@ -217,7 +217,7 @@ def test_many_pages_and_then_few():
 
 
 def test_pages_are_counted():
-    pool = PagePool(tiny().config, 4, 5, torch.zeros(1))
+    pool = PagePool(tiny().layers, 4, 5, torch.zeros(1))
     pages = pool.take(3)
     pool.share(pages[:2])
     pool.release(pages)

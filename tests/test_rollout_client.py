@@ -72,9 +72,9 @@ def test_an_update_without_a_change_is_none(tiny, pair):
     policy, tokenizer = changed(tiny)
     remote = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
     remote.generate(PROMPTS[:1], max_tokens=9, seed=[1])
-    before, bridge = pair[0].worker.version, remote.servers[0].bridge
+    before, route = pair[0].worker.version, remote.servers[0].route
     remote.generate(PROMPTS[:1], max_tokens=9, seed=[2])
-    assert pair[0].worker.version == before and remote.servers[0].bridge is bridge
+    assert pair[0].worker.version == before and remote.servers[0].route is route
 
 
 def test_another_rank_waits_until_rank_0_has_sent(tiny, pair):

@@ -304,27 +304,8 @@ def test_64_clients_get_what_one_would(server, engine):
     assert server.worker.pending == 0 and not server.worker.jobs
 
 
-def send_weights(server, tensors, version, generation=1):
-    """As a trainer does: meet, announce, send."""
-    listener = transfer.listen("127.0.0.1")
-    port = listener.getsockname()[1]
-    answers = {}
-
-    def post(path, body):
-        answers[path] = ask(server.url, path, body)
-
-    body = {"host": "127.0.0.1", "port": port, "rank": 1, "size": 2, "generation": generation, "secret": "s"}
-    thread = threading.Thread(target=post, args=("/weights/meet", body))
-    thread.start()
-    bridge = transfer.Bridge("127.0.0.1", port, 0, 2, generation=generation, secret="s", listener=listener, timeout_s=20)
-    thread.join()
-    body = {"generation": generation, "version": version, "tensors": transfer.describe(tensors)}
-    thread = threading.Thread(target=post, args=("/weights/update", body))
-    thread.start()
-    sent = transfer.send(bridge, tensors)
-    thread.join()
-    bridge.close()
-    assert answers["/weights/update"] == (200, {"version": version, "digest": sent}), answers
+def send_weights(server, tensors, version):
+    serving.send_weights(server.url, server.worker.engine.model.config, tensors, version)
 
 
 def test_an_update_amid_generation_drops_nothing_and_tells_each_tokens_version(tiny):
@@ -370,7 +351,7 @@ def test_an_update_amid_generation_drops_nothing_and_tells_each_tokens_version(t
 
 def test_a_request_may_insist_on_its_weights(server):
     state = ask(server.url, "/weights")[1]
-    assert state["tensors"] == transfer.describe(server.worker.tensors)
+    assert state["tensors"] == transfer.describe(server.worker.engine.model.config, torch.float32)
     body = {"prompt": PROMPT, "max_tokens": 2}
     assert ask(server.url, "/v1/completions", body | {"weights": state["digest"]})[0] == 200
     status, answer = ask(server.url, "/v1/completions", body | {"weights": "0" * 64})
@@ -450,8 +431,7 @@ def test_options_that_cannot_be(tiny, capsys):
 
     model = str(tiny.folder / "model")
     for argv, message in [
-        (["--tensor_parallel_size", "2"], "--tensor_parallel_size 2: must be 1"),
-        (["--tensor-parallel-size", "2"], "--tensor_parallel_size 2: must be 1"),
+        (["--tensor_parallel_size", "0"], "--tensor_parallel_size 0: must be at least 1"),
         (["--port", "70000"], "--port 70000"),
         (["--max_n", "0"], "--max_n 0"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0: must be 127.0.0.1"),
@@ -459,6 +439,8 @@ def test_options_that_cannot_be(tiny, capsys):
         with pytest.raises(SystemExit):
             config.parse(server.Config, ["--model", model, *argv])
         assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--tensor_parallel_size 2: 1 processes were started"):
+        server.main(["--model", model, "--tensor-parallel-size", "2"])
     with pytest.raises(SystemExit):
         config.parse(server.Config, [])
-    assert "--dtype bfloat16: must be float32 without --model" in capsys.readouterr().err
+    assert "--model None: must be given with --dtype bfloat16 or" in capsys.readouterr().err

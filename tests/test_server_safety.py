@@ -135,8 +135,8 @@ def test_messages_that_cannot_be(server, messages):
 @pytest.mark.parametrize("path, good", [
     ("/generate/", {"prompts": ["1"]}), ("/update_named_param/", {"name": "a", "dtype": "torch.float32", "shape": [1]}),
     ("/init_communicator/", {"host": "0.0.0.0", "port": 5, "world_size": 2}),
-    ("/weights/meet", {"host": "127.0.0.1", "port": 5, "rank": 1, "size": 2, "generation": 1}),
-    ("/weights/update", {"generation": 1, "version": 1, "tensors": []}),
+    ("/weights/meet", {"host": "127.0.0.1", "port": 5, "generation": 1, "shard": 1, "tensor": 1}),
+    ("/weights/update", {"generation": 1, "version": 1, "digest": "0" * 64, "tensors": []}),
 ])  # fmt: skip
 def test_the_other_routes_check_too(server, path, good):
     for name in good:
@@ -501,61 +501,71 @@ def test_tensors_that_do_not_fit_change_nothing(server):
     assert transfer.digest(server.worker.tensors) == before == server.worker.digest
 
 
-def meet(server, generation=5, size=2, timeout_s=20):
-    listener = transfer.listen("127.0.0.1")
-    port, got = listener.getsockname()[1], []
-    body = {"host": "127.0.0.1", "port": port, "rank": 1, "size": size, "generation": generation}
-    thread = threading.Thread(target=lambda: got.append(ask(server.url, "/weights/meet", body)))
-    thread.start()
-    bridge = transfer.Bridge("127.0.0.1", port, 0, size, generation=generation, listener=listener, timeout_s=timeout_s)
-    thread.join()
-    assert got == [(200, {"generation": generation})]
-    return bridge
+def meet(server, generation=5):
+    return serving.meet(server.url, server.worker.engine.model.config, generation)
 
 
 def test_sets_that_do_not_fit_are_refused_before_the_first_byte(server):
     before = transfer.digest(server.worker.tensors)
-    good = transfer.describe(server.worker.tensors)
+    good = transfer.describe(server.worker.engine.model.config, torch.float32)
+    body = {"generation": 5, "version": 1, "digest": "0" * 64}
     sets = [[], good[1:], [*good, ["more", "float32", [1]]], [*good, good[0]], [[good[0][0], "float32", [10**9]], *good[1:]],
             [[good[0][0], "bfloat16", good[0][2]], *good[1:]], [["../x", *good[0][1:]], *good[1:]], [3], [[1, 2, 3]]]  # fmt: skip
     for tensors in sets:
-        bridge = meet(server)
-        answer = refused(server, "/weights/update", {"generation": 5, "version": 1, "tensors": tensors})
-        assert answer["param"] == "tensors"
+        route = meet(server)
+        assert refused(server, "/weights/update", body | {"tensors": tensors})["param"] == "tensors"
         with pytest.raises(ConnectionError):  # and the sender does not wait for anyone
-            transfer.send(bridge, server.worker.tensors, 4096)
-    refused(server, "/weights/update", {"generation": 6, "version": 1, "tensors": good}, 409)
+            transfer.send(route, server.worker.tensors, torch.float32)
+    refused(server, "/weights/update", body | {"generation": 6, "tensors": good}, 409)
+    for digest in ("", "0" * 63, "x" * 64, "0" * 65):
+        assert refused(server, "/weights/update", body | {"digest": digest, "tensors": good})["param"] == "digest"
     assert transfer.digest(server.worker.tensors) == before == server.worker.digest
 
 
-@pytest.mark.parametrize("buckets", [0, 1, 3])
-def test_a_trainer_that_dies_amid_an_update_leaves_the_old_weights(server, buckets):
-    before, got = transfer.digest(server.worker.tensors), []
-    bridge = meet(server)
-    body = {"generation": 5, "version": 9, "tensors": transfer.describe(server.worker.tensors)}
-    thread = threading.Thread(target=lambda: got.append(ask(server.url, "/weights/update", body)))
-    thread.start()
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_a_trainer_that_dies_amid_an_update_leaves_the_old_weights(server, pieces):
+    """Before the first byte, after the last, and after the digest: the trainer has to come to the end."""
+    before = transfer.digest(server.worker.tensors)
+    route = meet(server)
     changed = {name: tensor + 1 for name, tensor in server.worker.tensors.items()}
-    for piece in list(transfer._buckets(changed, transfer.BUCKET))[:buckets]:
-        bridge.finish(bridge.broadcast(piece), "sending")
-    bridge.close()
+    thread, got = serving.announce(server.url, route, changed, 9)
+    stream = route._give(route.sends[1], changed, torch.float32, transfer.BUCKET // 4, True)
+    for piece in [piece for piece in stream if piece is not None][:pieces]:
+        route.link.finish(route.link.exchange([(1, True, piece)]), "sending")
+    route.link.close()
     thread.join()
     status, answer = got[0]
-    assert status == 409 and "the old weights serve on: rank 1 of 2, receiving" in answer["error"]["message"]
+    phase = ("bucket 1 of the weights", "bucket 3 of the weights", "waiting until all have verified")[pieces]
+    assert status == 409 and f"the old weights serve on: rank 1 of 2, {phase}" in answer["error"]["message"]
     assert transfer.digest(server.worker.tensors) == before == server.worker.digest and server.worker.version == 0
-    bridge = meet(server, 6)  # a second client is taken at once
-    bridge.close()
+    meet(server, 6).link.close()  # a second client is taken at once
+
+
+def test_a_bit_that_changed_on_the_way_leaves_the_old_weights(server):
+    before = transfer.digest(server.worker.tensors)
+    route = meet(server)
+    thread, got = serving.announce(server.url, route, server.worker.tensors, 9)
+    stream = route._give(route.sends[1], server.worker.tensors, torch.float32, transfer.BUCKET // 4, True)
+    for piece in [piece for piece in stream if piece is not None]:
+        if piece.dtype == torch.float32:
+            piece.view(torch.uint8)[77] ^= 4
+        route.link.finish(route.link.exchange([(1, True, piece)]), "sending")
+    with pytest.raises(ConnectionError, match="waiting until all have verified"):
+        route.link.agree("waiting until all have verified the weights")
+    thread.join()
+    assert got[0][0] == 409 and "verifying the weights" in got[0][1]["error"]["message"]
+    assert transfer.digest(server.worker.tensors) == before == server.worker.digest
 
 
 def test_a_trainer_that_hangs_is_waited_for_in_bounds(tiny):
     with serving.here(tiny, transfer_timeout=1) as server:
-        bridge = meet(server)
-        body = {"generation": 5, "version": 9, "tensors": transfer.describe(server.worker.tensors)}
+        route = meet(server)
         began = time.monotonic()
-        status, _ = ask(server.url, "/weights/update", body)
-        assert status == 409 and time.monotonic() - began < 15
-        bridge.close()
-        body = {"host": "127.0.0.1", "port": serving.closed_port(), "rank": 1, "size": 2, "generation": 7}
+        thread, got = serving.announce(server.url, route, server.worker.tensors, 9)
+        thread.join()
+        assert got[0][0] == 409 and time.monotonic() - began < 15
+        route.link.close()
+        body = {"host": "127.0.0.1", "port": serving.closed_port(), "generation": 7}
         assert ask(server.url, "/weights/meet", body)[0] == 409
         assert ask(server.url, "/v1/completions", GOOD)[0] == 200
 
@@ -563,13 +573,13 @@ def test_a_trainer_that_hangs_is_waited_for_in_bounds(tiny):
 def test_a_trainer_that_says_nothing_keeps_no_other_waiting(tiny):
     """Torch's store waits for it without limit. Who comes next is a trainer that was started anew."""
     with serving.here(tiny) as server, socket.create_server(("127.0.0.1", 0)) as silent:
-        body = {"host": "127.0.0.1", "port": silent.getsockname()[1], "rank": 1, "size": 2, "generation": 1}
+        body = {"host": "127.0.0.1", "port": silent.getsockname()[1], "generation": 1}
         got = []
         first = threading.Thread(target=lambda: got.append(ask(server.url, "/weights/meet", body)))
         first.start()
         silent.accept()
         began = time.monotonic()
-        meet(server).close()
+        meet(server).link.close()
         first.join(20)
         assert time.monotonic() - began < 20 and got[0][0] == 409 and "another meeting" in str(got[0][1])
 
@@ -579,13 +589,7 @@ def test_weights_that_are_not_finite_fail_requests_and_not_the_server(tiny):
     good = {name: p.detach().clone() for name, p in model.named_parameters()}
     with serving.here(tiny) as server:
         for tensors, status in (({n: t * float("nan") for n, t in good.items()}, 500), (good, 200)):
-            bridge, got = meet(server), []
-            body = {"generation": 5, "version": 1, "tensors": transfer.describe(tensors)}
-            thread = threading.Thread(target=ask, args=(server.url, "/weights/update", body))
-            thread.start()
-            transfer.send(bridge, tensors)
-            thread.join()
-            bridge.close()
+            serving.send_weights(server.url, model.config, tensors, 1)
             for stream in (False, True):
                 got = ask(server.url, "/v1/completions", GOOD | {"stream": stream})
                 assert got[0] == (200 if stream else status)
@@ -615,7 +619,7 @@ def send_pickles(server, marker):
         assert raw(server.url, head % (len(bomb), kind) + bomb)[9:12] in (b"400", b"415")
     listener = transfer.listen("127.0.0.1")
     port = listener.getsockname()[1]
-    body = {"host": "127.0.0.1", "port": port, "rank": 1, "size": 2, "generation": 1}
+    body = {"host": "127.0.0.1", "port": port, "generation": 1}
 
     def stranger():
         connection, _ = listener.accept()

@@ -459,8 +459,10 @@ def operators() -> dict:
         "token_logprob": (kernels.token_logprob_op, (x, w, y, 0.7, False)),
         "token_logprob_backward": (
             kernels.token_logprob_backward_op,
-            (*plain, saved, upstream, 0.7, True, True, False),
+            (*plain, saved, upstream, 0.7, True, True, False, [0, 40]),
         ),
+        "token_logprob_part": (kernels.token_logprob_part_op, (*plain[:2], y.clamp(min=0), 0.7)),
+        "token_logprob_fold": (kernels.token_logprob_fold_op, (torch.rand(6), torch.rand(1, 3, 6), 0.7)),
         "token_logprob_sum": (kernels.token_logprob_sum_op, (*plain, g, h, 0.7, False)),
         "logits_logprob": (of_logits.logits_logprob_op, (logits, y, 0.7)),
         "logits_logprob_backward": (
