@@ -33,7 +33,7 @@ from minitrl import toy
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN = "--no_gradient_checkpointing --lr_scheduler_type constant --logging_steps 20"
-TOY = f"--dtype float32 {PLAIN}"
+TOY = "--dtype float32 --no_gradient_checkpointing --logging_steps 100"
 TOY_RL = "--reward_arm --eval_reward exact --prompts_per_step 256 --rollout_batch_size 256 --max_prompt_length 16"
 TOY_RL += " --max_completion_length 8 --learning_rate 1e-3"
 PPO = "--value_model reward/final --kl_coef 0.1 --missing_eos_penalty 3"
@@ -48,15 +48,15 @@ START = "--model sft/final"
 EMBEDDED = {  # stage -> script and options, where reward/final and so on stand for what an earlier stage left
     "sft": "sft --max_steps 60 --logging_steps 20",
     "reward": f"reward {START} --dataset pairs_train.jsonl --eval_dataset pairs_test.jsonl {TOY} --learning_rate 1e-3"
-    " --lr_scheduler_type linear --examples_per_step 64 --max_steps 1500",
+    " --examples_per_step 64 --max_steps 1500",
     "ppo": f"ppo {START} --dataset train.jsonl --eval_dataset test.jsonl {TOY} {TOY_RL} {PPO} --vf_coef 0.5"
-    " --max_steps 400 --lr_scheduler_type linear",
+    " --max_steps 400",
 }
 REAL = {
     "sft": f"sft --model {{data}}/SmolLM2-135M-Instruct {EXAMPLES} {PLAIN} --max_length 64 --examples_per_step 16"
     " --learning_rate 1e-5 --max_steps 30 --tokens_per_microbatch 1024",
-    "dpo": f"dpo {START} {PAIRS} {PLAIN} --learning_rate 5e-6 --max_steps 60",
-    "reward": f"reward {START} {PAIRS} {PLAIN} --learning_rate 3e-5 --max_steps 150",
+    "dpo": f"dpo {START} {PAIRS} {PLAIN} --learning_rate 5e-6 --max_steps 40",
+    "reward": f"reward {START} {PAIRS} {PLAIN} --learning_rate 3e-5 --max_steps 100",
     "ppo": f"ppo {START} {SUMS} {PLAIN} {PPO}",
     "grpo": f"grpo {START} {SUMS} {PLAIN}",
 }

@@ -106,7 +106,7 @@ class Bridge(Link):
             return [self.group.broadcast(tensor, root)]
 
     def agree(self, what: str) -> None:
-        """Wait until all have come this far; who fails instead closes the bridge, and so fails the others."""
+        """Wait until all have come this far."""
         with _named(what, self.world):
             self.finish([self.group.allreduce([torch.zeros(1, device=self.world.device)])], what)
 
@@ -167,8 +167,7 @@ def check(theirs, ours: list[list]) -> None:
 
 def send(route: "Route", tensors: dict[str, Tensor], dtype: torch.dtype, bucket: int = BUCKET) -> None:
     """Send what others want of this process's parameters; on return all have it, and verified it."""
-    route.carry(tensors, {}, dtype, verify=True, bucket=bucket)
-    route.link.agree("waiting until all have verified the weights")
+    _carry_all(route, tensors, {}, dtype, bucket)
 
 
 def receive(route: "Route", like: dict[str, Tensor], bucket: int = BUCKET) -> dict[str, Tensor]:
@@ -177,9 +176,18 @@ def receive(route: "Route", like: dict[str, Tensor], bucket: int = BUCKET) -> di
     ConnectionError where a sender is gone or late, or a digest is another, here or with another receiver.
     """
     new = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-    route.carry({}, new, next(iter(like.values())).dtype, verify=True, bucket=bucket)
-    route.link.agree("waiting until all have verified the weights")
+    _carry_all(route, {}, new, next(iter(like.values())).dtype, bucket)
     return new
+
+
+def _carry_all(route: "Route", source: dict, target: dict, dtype: torch.dtype, bucket: int) -> None:
+    """Whatever fails here closes the bridge, and so fails with all others: none has it alone."""
+    try:
+        route.carry(source, target, dtype, verify=True, bucket=bucket)
+        route.link.agree("waiting until all have verified the weights")
+    except BaseException:
+        route.link.close()
+        raise
 
 
 @torch.no_grad()
@@ -207,16 +215,15 @@ def digest(tensors: dict[str, Tensor], *worlds: World, bucket: int = BUCKET) -> 
 
 
 def _fold(sums, piece: Tensor) -> None:
-    """Hash a bucket by the sums of its 32-bit words over rows and columns of 1024: exact, and as fast as memory."""
-    words = F.pad(piece.view(-1).view(torch.uint8), (0, -piece.nbytes % 4096)).view(torch.int32)
-    for dim in (0, 1) if len(words) else ():
-        table = words.view(-1, 1024)
-        totals = table.sum(dim, dtype=torch.int64).cpu().numpy() if table.is_cuda else table.numpy().sum(dim, "int64")
-        sums.update(totals)
-
-
-def _as_tensor(sums, link: Link) -> Tensor:
-    return torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(link.world.device)
+    """Hash a bucket by the sums of its 64-bit words, modulo 2^64, over rows and columns of 512: at memory's speed."""
+    data = piece.view(-1).view(torch.uint8)
+    data = data.clone() if data.storage_offset() % 8 else data  # of a view into another tensor
+    whole = len(data) // 4096 * 4096
+    for part in (data[:whole], F.pad(data[whole:], (0, -len(data) % 4096))):
+        if len(part):
+            words = part.view(torch.int64).view(-1, 512)
+            sums.update(words.sum(0).cpu().numpy())
+            sums.update(words.sum(1).cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -307,23 +314,25 @@ class Route:
         options = dtype, max(bucket // dtype.itemsize, 1), verify
         streams = [(rank, True, self._give(part, source, *options)) for rank, part in self.sends.items()]
         streams += [(rank, False, self._take(part, target, *options, rank)) for rank, part in self.receives.items()]
-        flying = []
+        flying = [], []  # what to wait for, and the memory that has to last until then
         for number, pieces in enumerate(zip_longest(*(stream for *_, stream in streams))):
             starting = [(*pair, piece) for (*pair, _), piece in zip(streams, pieces) if piece is not None]
-            flying, landing = self.link.exchange(starting), flying
-            self.link.finish(landing, f"bucket {number} of the weights")
-        self.link.finish(flying, "the last bucket of the weights")
+            flying, landing = (self.link.exchange(starting), starting), flying
+            self.link.finish(landing[0], f"bucket {number} of the weights")
+        self.link.finish(flying[0], "the last bucket of the weights")
 
     def _give(self, moves_: list[Move], source, dtype, size: int, verify: bool) -> Iterator[Tensor | None]:
         """What one other process gets, piece by piece: buckets; after one turn without any, their digest."""
         sums = hashlib.sha256()
         for part in _buckets(moves_, size):
-            data = torch.cat([_part(source, move.given, move).to(dtype).flatten() for move in part])
+            data = self._room(part, dtype)
+            for move, piece in _pieces(part, data):
+                piece.copy_(_part(source, move.given, move))
             _fold(sums, data) if verify else None
             yield data
         if verify:
             yield None
-            yield _as_tensor(sums, self.link)
+            yield torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(self.link.world.device)
 
     def _take(self, moves_: list[Move], target, dtype, size: int, verify: bool, rank: int) -> Iterator[Tensor | None]:
         """Room for what one other process sends; each piece is there when the next but one is asked for."""
@@ -331,11 +340,11 @@ class Route:
 
         def unpack(part: list[Move], data: Tensor) -> None:
             _fold(sums, data) if verify else None
-            for move, piece in zip(part, data.split([move.size for move in part])):
-                _part(target, move.wanted, move).copy_(piece.view(move.shape))
+            for move, piece in _pieces(part, data):
+                _part(target, move.wanted, move).copy_(piece)
 
         for part in _buckets(moves_, size):
-            data = torch.empty(sum(move.size for move in part), dtype=dtype, device=self.link.world.device)
+            data = self._room(part, dtype)
             yield data
             if landed:
                 unpack(*landed)
@@ -349,6 +358,14 @@ class Route:
             with _named("verifying the weights", self.link.world):
                 if bytes(theirs.tolist()) != sums.digest():
                     raise RuntimeError(f"their digest is not the one that rank {rank} sent")
+
+    def _room(self, part: list[Move], dtype) -> Tensor:
+        return torch.empty(sum(move.size for move in part), dtype=dtype, device=self.link.world.device)
+
+
+def _pieces(part: list[Move], data: Tensor) -> Iterator[tuple[Move, Tensor]]:
+    """A bucket's moves, and where in its data each stands."""
+    return ((move, piece.view(move.shape)) for move, piece in zip(part, data.split([move.size for move in part])))
 
 
 def within(world: World, config, slices: int) -> Route:

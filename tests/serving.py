@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from processes import free_port, take_place
 
 from minitrl import checkpoint, runs, server, transfer
 from minitrl.rollout import Engine
@@ -96,11 +97,15 @@ def send_weights(url, config, tensors, version, generation=1) -> None:
 
 
 class Process:
-    """`python -m minitrl.server` with the tiny model; `kill` is kill -9, and `start` brings it back on the same port."""
+    """`python -m minitrl.server` with the tiny model; `kill` is kill -9, and `start` brings it back on the same port.
 
-    def __init__(self, tiny, hook=None, **options):
-        self.log, self.hook, self.port = Path(tempfile.mkstemp()[1]), hook, 0
-        options = {"model": tiny.folder / "model", "served_model_name": "tiny", "dtype": "float32", **options}
+    world: how many processes serve it together, as under torchrun. `process` is the first, which has the port.
+    """
+
+    def __init__(self, tiny, hook=None, world=1, **options):
+        self.log, self.hook, self.port, self.world = Path(tempfile.mkstemp()[1]), hook, 0, world
+        options = {"model": tiny.folder / "model", "served_model_name": "tiny", "dtype": "float32",
+                   "tensor_parallel_size": world, **options}  # fmt: skip
         self.options = [w for name, value in options.items() for w in ([f"--{name}", str(value)] if value is not None else [f"--{name}"])]
         self.start()
 
@@ -108,13 +113,18 @@ class Process:
         self.log.write_text("")
         argv = [*self.options, "--port", str(self.port)]
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_serve, args=(argv, str(self.log), self.hook), daemon=True)
-        self.process.start()
+        places = [(rank, self.world, free) for free in [free_port()] for rank in range(self.world)]
+        self.processes = [
+            context.Process(target=_serve, args=(argv, str(self.log), self.hook, place), daemon=True) for place in places
+        ]
+        self.process = self.processes[0]
+        for process in self.processes:
+            process.start()
         deadline = time.monotonic() + 120
         while "serving" not in (text := self.log.read_text()) and time.monotonic() < deadline and self.alive:
             time.sleep(0.05)
         assert "serving" in text, text
-        self.url = text.split()[-1]
+        self.url = next(line.split()[-1] for line in text.splitlines() if line.startswith("serving"))
         self.port = int(self.url.rsplit(":", 1)[1])
 
     @property
@@ -126,8 +136,9 @@ class Process:
         self.process.join(60)
 
     def close(self) -> None:
-        if self.alive:
-            self.kill()
+        for process in self.processes:
+            process.kill()
+            process.join(60)
         self.log.unlink()
 
     def __enter__(self):
@@ -137,11 +148,13 @@ class Process:
         self.close()
 
 
-def _serve(argv: list[str], log: str, hook) -> None:
+def _serve(argv: list[str], log: str, hook, place) -> None:
     with open(log, "a") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
+    if place[1] > 1:
+        take_place(*place)
     if hook:
         hook()
     runs.command(functools.partial(server.main, argv))
