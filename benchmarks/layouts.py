@@ -3,8 +3,8 @@
 For each model and number of GPUs the fastest of some layouts that fit is looked for: by what 4 and 6 of its layers ask
 for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json, model by model.
 
-`torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs the same step on N real processes and on N
-pretended ones, on a model of 30 million parameters, and writes both into benchmarks/results/plan_check.json.
+`torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs one step on N real processes and on N
+pretended ones, of a model of 32 million parameters, and writes both into benchmarks/results/plan_check.json.
 """
 
 import json
@@ -92,7 +92,7 @@ def sketch(config: plan.Config, shape: ModelConfig) -> tuple[float, float]:
 
 
 def best(name: str, gpus: int) -> dict | None:
-    """The plan of the fastest layout that fits, offloaded or with smaller micro-batches only where nothing else does."""
+    """The plan of the fastest layout that fits, with smaller micro-batches or offload where nothing else does."""
     shape, room = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory * (1 - plan.HEADROOM)
     every = list(candidates(name, gpus))
     for offload, tokens in ((False, 8192), (False, 4096), (True, 8192)):
@@ -114,7 +114,8 @@ def main(models: list[str]) -> None:
             found = best(name, gpus)
             if found:
                 rows.append(found | {"gpus": gpus})
-            print(f"{name} on {gpus}: {time.process_time() - began:.0f} s of CPU", found and found["options"], flush=True)
+            spent = time.process_time() - began
+            print(f"{name} on {gpus}: {spent:.0f} s of CPU", found and found["options"], flush=True)
         rows.sort(key=lambda row: (row["parameters"], row["model"], row["gpus"]))
         body = {"command": "python -m benchmarks.layouts", "torch": torch.__version__, "rows": rows}
         path.write_text(json.dumps(body, indent=1) + "\n")

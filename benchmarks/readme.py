@@ -207,7 +207,7 @@ def layouts() -> str:
         sampler = f"--rollout_tensor {options['rollout_tensor']}"
         cells = [f"{memory['peak'] / 2**30:.1f} GiB", f"{options['tokens_per_microbatch']:,}", rate]
         rows.append([row["model"], row["gpus"], f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
-    head = ["model", "GPUs", "trainer", "sampler", "peak of a GPU", "tokens in a micro-batch", "trained tokens/s of a GPU"]
+    head = ["model", "GPUs", "trainer", "sampler", "peak of a GPU", "tokens a micro-batch", "tokens/s of a GPU"]
     return markdown(head, rows) + f"\n\n`{result('layouts')['command']}`"
 
 
@@ -216,10 +216,10 @@ def plan_check() -> str:
     rows = []
     for row in result("plan_check")["rows"]:
         mesh = " x ".join(map(str, row["mesh"]))
-        units = {"peak": 2**20, "sent": 2**20, "flops": 1e9}
-        cells = [" / ".join(f"{row[side][key] / unit:,.1f}" for side in ("real", "pretended")) for key, unit in units.items()]
+        sides, units = (row["real"], row["pretended"]), {"peak": 2**20, "sent": 2**20, "flops": 1e9}
+        cells = [" / ".join(f"{side[key] / unit:,.1f}" for side in sides) for key, unit in units.items()]
         rows.append([row["processes"], mesh, *cells, f"{row['rss_grown'] / 2**20:,.0f}"])
-    head = ["processes", "replicate x shard x tensor", "peak, MiB: real / pretended", "sent, MiB", "GFLOP", "RSS grown, MiB"]
+    head = ["processes", "replicate x shard x tensor", "peak, MiB: real / pretended", "sent, MiB", "GFLOP", "RSS, MiB"]
     return markdown(head, rows) + f"\n\n`{result('plan_check')['command']}`"
 
 
