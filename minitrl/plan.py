@@ -192,11 +192,14 @@ def seconds(config: Config, found: dict, flops: float, gpu: GPU) -> dict[str, fl
 
 
 def nearest(config: Config, shape: ModelConfig) -> dict | None:
-    """The plan of the nearest layout that fits: by the peaks of 2 and 4 layers first, and then in whole."""
+    """The plan of the nearest layout that fits: by the peaks of 4 and 6 layers first, and then in whole.
+
+    (With fewer, FSDP2 does not yet gather ahead.)
+    """
+    few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (4, 6)]
     for other in others(config, shape):
-        few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (2, 4)]
-        two, four = (plan(replace(other, num_micro_batches=1), some)["memory"]["peak"] for some in few)
-        if four + (four - two) / 2 * (shape.num_hidden_layers - 4) <= GPUS[config.gpu].memory * (1 - HEADROOM):
+        four, six = (plan(replace(other, num_micro_batches=1), some)["memory"]["peak"] for some in few)
+        if six + (six - four) / 2 * (shape.num_hidden_layers - 6) <= GPUS[config.gpu].memory * (1 - HEADROOM):
             if (found := plan(other, shape))["fits"]:
                 return found
 
