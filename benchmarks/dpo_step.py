@@ -2,14 +2,14 @@
 
     python -m benchmarks.dpo_step --model OUT/SmolLM2-135M-Instruct [--peers PYTHON]
 
-8 pairs a step of random tokens, prompts of 32 to 256 and answers of 16 to 192, the same pairs in the same order on all
+4 pairs a step of random tokens, prompts of 32 to 256 and answers of 16 to 192, the same pairs in the same order on all
 sides; sigmoid loss, bfloat16, AdamW's step included, no gradient checkpointing. Each side is a process of its own that
 stays alive, and they take turns, one optimizer step each, so that whatever else the machine does falls on all. PYTHON
 is an interpreter that has transformers and trl (pip install -e '.[parity]').
 
     ours          each prompt once before both answers, packs of at most 1,024 tokens, the reference's log-probs computed
                   before the first step; float32 masters
-    default       trl.DPOTrainer, 8 pairs a step: prompts twice, padded to the longest, the reference run in each step
+    default       trl.DPOTrainer, 4 pairs a step: prompts twice, padded to the longest, the reference run in each step
     precomputed   the same, precompute_ref_log_probs=True
 
 Parameters, gradients and AdamW of TRL's sides are bfloat16, which is the fastest that it can do here; padding_free is
@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks.grpo_step import report, take_turns, wait
 
 RESULTS = Path(__file__).parent / "results" / "dpo_step.json"
-PAIRS, STEP = 64, 8
+PAIRS, STEP = 32, 4
 SIDES = {
     "ours": {"examples_per_step": STEP, "tokens_per_microbatch": 1024, "masters and gradients": "float32"},
     "default": {"per_device_train_batch_size": STEP},

@@ -27,6 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# PyTorch 2.13 has new names for these two, and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
@@ -348,7 +351,7 @@ def scatter(whole: Tensor, world: World) -> Tensor:
 def _all_rows(part: Tensor, rows: int, world: World) -> Tensor:
     whole = part.new_empty(world.size * len(part), *part.shape[1:])
     with _named("gathering rows", world):
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=world.group)
+        _all_gather(whole, part.contiguous(), group=world.group)
     return whole[:rows]
 
 
@@ -356,7 +359,7 @@ def _sum_rows(whole: Tensor, world: World) -> Tensor:
     whole = _padded(whole, world)
     part = whole.new_empty(len(whole) // world.size, *whole.shape[1:])
     with _named("summing rows", world):
-        dist.reduce_scatter_tensor(part, whole, group=world.group)
+        _reduce_scatter(part, whole, group=world.group)
     return part
 
 

@@ -433,6 +433,7 @@ def rollouts_of(config: Config, count: int) -> Rollouts:
     P, G, R = *lengths_PG.shape, int(lengths_PG.sum())
     tokens, nothing = torch.zeros(P * prompt + R, dtype=torch.int64), torch.zeros(P, G)
     about = {"truncated_PG": nothing.bool(), "rewards_PGF": nothing[..., None], "rewards_PG": nothing}
+    about["versions_PG"] = torch.zeros_like(lengths_PG)
     about |= {"sampler_logprobs_R": torch.full((R,), torch.nan), "advantages_PG": nothing + 1}  # NaN: unknown
     return Rollouts(tokens[R:], torch.full((P,), prompt), tokens[:R], lengths_PG, **about)
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from minitrl import distributed, layout, plan
 from minitrl.distributed import World
+from minitrl.kernels import attention
 from minitrl.kernels.attention import visible
 from minitrl.model import Model, ModelConfig
 
@@ -45,6 +46,7 @@ def config(mesh, **options) -> plan.Config:
 
 def pretend(mesh, what: ModelConfig | None = None, **options) -> dict:
     asked = config(mesh, **options)
+    attention.tiles.cache_clear()  # what is cached is not made again, and not counted
     with plan.pretended(math.prod(mesh), mesh) as world:
         return plan.measure(asked, what or shape(), world)
 
@@ -58,7 +60,6 @@ def plain(found: dict) -> dict:
     for reading in readings.values():
         for key in ("peak", "kept", "traffic", "calls"):
             reading[key] = {str(name): n for name, n in reading[key].items() if n}
-        reading["kept"].pop("activations", None)  # a real collective may hold what it sent a moment longer
     return readings
 
 
@@ -67,6 +68,7 @@ def real_steps(folder: str, names: list[str], meshes: list[tuple], options: dict
     world = distributed.start("cpu", 120)
     for name, mesh in zip(names, meshes):
         part = world if mesh[1:] == (1, 1) else distributed.with_mesh(World(world.rank, world.size, world.device), mesh, 60)
+        attention.tiles.cache_clear()
         found = plan.measure(config(mesh, **options), shape(), part)
         if world.rank == 0:
             with open(f"{folder}/{name}.json", "w") as file:
@@ -84,7 +86,7 @@ def real_steps(folder: str, names: list[str], meshes: list[tuple], options: dict
     ],
 )
 def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, options, tmp_path, monkeypatch):
-    """What is kept, FLOPs and all that is sent on the very same meter, and the peaks within one part in fifty."""
+    """Bytes of every kind, FLOPs, and what is sent, on the very same meter; the peaks to its threshold."""
     monkeypatch.setenv("MINITRL_KERNELS", "reference")
     meshes = [tuple(n and (n if n == 1 else n * processes // 4) for n in LAYOUTS[name]) for name in names]
     run_processes(real_steps, processes, str(tmp_path), names, meshes, options)
@@ -94,7 +96,7 @@ def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, option
         for phase in real:
             ours, theirs = pretended[phase], real[phase]
             peaks = sum(ours.pop("peak").values()), sum(theirs.pop("peak").values())
-            assert peaks[0] == pytest.approx(peaks[1], rel=0.02), (name, phase)
+            assert peaks[0] == pytest.approx(peaks[1], rel=plan.NOTED - 1), (name, phase)
             assert ours == theirs, (name, phase)
 
 
