@@ -14,7 +14,7 @@ order and seeds go on to the bit. Completions that were on their way may differ,
 clock that says amid which of them the weights change.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -58,7 +58,7 @@ def generate(
     )
 
 
-class Ahead:
+class Ahead(AbstractContextManager):
     """The generations that are on their way; with --max_staleness 0 there are none, and nothing is done here.
 
     A context manager: leaving it ends what is still being sampled. All ranks call all of it at the same places.
@@ -67,9 +67,6 @@ class Ahead:
     def __init__(self, engine, rows: list[dict], config, run):
         self.engine, self.rows, self.config, self.run = engine, rows, config, run
         self.asked = {}  # place of the first prompt -> completions to come
-
-    def __enter__(self) -> "Ahead":
-        return self
 
     def __exit__(self, *_) -> None:
         if self.config.max_staleness:

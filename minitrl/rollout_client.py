@@ -99,12 +99,6 @@ class _Server:
         self.route, self.where = None, {}  # to it, and where we have met
         self.sockets = weakref.WeakSet()
 
-    def hang_up(self) -> None:
-        """End what is being asked: it is Lost."""
-        for connected in list(self.sockets):
-            with suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
-
     def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
         """The answer's JSON. Lost where there is none; ValueError where the server says that the request is wrong."""
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
@@ -192,8 +186,9 @@ class RemoteEngine:
         self.ended.set()
         self.changed.set()
         while wait([*asked, *filter(None, [self.courier])], 0.1).not_done:
-            for server in self.servers:
-                server.hang_up()
+            for connected in [connected for server in self.servers for connected in server.sockets]:
+                with suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
 
     def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
         """A request for each prompt."""
