@@ -19,9 +19,9 @@ LIBRARY = set(
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client sampling rewards packing distributed config data checkpoint lora training toy".split()
+        "rollout rollout_client sampling rewards packing distributed config data checkpoint state lora training toy".split()
     ),
-    "training": {"distributed", "layout", "checkpoint", "packing", "runs", "data", "lora"},
+    "training": {"distributed", "layout", "state", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
