@@ -21,7 +21,7 @@ ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint state lora training toy".split()
     ),
-    "ahead": {"experience", "data", "distributed"},
+    "ahead": {"experience", "data", "training"},
     "training": {"distributed", "layout", "state", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
