@@ -18,6 +18,7 @@ import ctypes
 import json
 import math
 import os
+import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,6 +31,7 @@ from torch import Tensor
 # PyTorch 2.13 has new names for these two, and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+PR_SET_PDEATHSIG = 1  # prctl.h's number
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
@@ -92,6 +94,7 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
         torch.cuda.set_device(world.device)
     else:
         _keep_memory()
+    _die_with_launcher()
     if size == 1:
         return world
     _share_cores(place["LOCAL_WORLD_SIZE"])
@@ -173,7 +176,8 @@ def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -
     if cpu_offload:
         kept = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if dtype.itemsize < 4:
-        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # A pack's weights and temperatures stay what they are: activations have the dtype of what makes them.
+        rounded = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": rounded, "offload_policy": kept}
     for block in model.layers:
         fully_shard(block, **options)
@@ -449,6 +453,16 @@ def _share_cores(local_size: int) -> None:
         affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use; elsewhere: all
         cores = len(affinity(0)) if affinity else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
+
+
+def _die_with_launcher() -> None:
+    """Where torchrun started us, have the system kill us when torchrun is killed.
+
+    Its workers would go on without it, holding GPUs and the output folder, while the other machines start anew.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep_memory() -> None:

@@ -298,6 +298,7 @@ def some_rollouts() -> experience.Rollouts:
         tokens_R=torch.randint(VOCABULARY, (R,), generator=draw), lengths_PG=lengths_PG,
         sampler_logprobs_R=-7 - torch.rand(R, generator=draw), truncated_PG=lengths_PG == 12,
         rewards_PGF=rewards_PG[..., None], rewards_PG=rewards_PG, advantages_PG=torch.zeros(P, G),
+        versions_PG=torch.zeros(P, G, dtype=torch.int64),
     ), "group")  # fmt: skip
 
 
