@@ -1,7 +1,8 @@
 """Which layout for which model on how many GPUs, by minitrl.plan: `python -m benchmarks.layouts [MODEL ...]`.
 
 For each model and number of GPUs the fastest of some layouts that fit is looked for: by what 4 and 6 of its layers ask
-for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json, model by model.
+for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json row by row; rows that are there
+already stay, so that it can be stopped and called again.
 
 `torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs one step on N real processes and on N
 pretended ones, of a model of 32 million parameters, and writes both into benchmarks/results/plan_check.json.
@@ -108,18 +109,16 @@ def best(name: str, gpus: int) -> dict | None:
 def main(models: list[str]) -> None:
     path = RESULTS / "layouts.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    for name in models or MODELS:
-        rows = [row for row in rows if row["model"] != name]
-        for gpus in GPUS:
-            began = time.process_time()
-            found = best(name, gpus)
-            if found:
-                rows.append(found | {"gpus": gpus})
-            spent = time.process_time() - began
-            print(f"{name} on {gpus}: {spent:.0f} s of CPU", found and found["options"], flush=True)
+    done = {(row["model"], row["gpus"]) for row in rows}
+    for name, gpus in ((name, gpus) for name in models or MODELS for gpus in GPUS):
+        began = time.process_time()
+        if (name, gpus) in done or not (found := best(name, gpus)):
+            continue
+        rows.append(found | {"gpus": gpus})
         rows.sort(key=lambda row: (row["parameters"], row["model"], row["gpus"]))
         body = {"command": "python -m benchmarks.layouts", "torch": torch.__version__, "rows": rows}
         path.write_text(json.dumps(body, indent=1) + "\n")
+        print(f"{name} on {gpus}: {time.process_time() - began:.0f} s of CPU", found["options"], flush=True)
 
 
 def check(argv: list[str]) -> None:
