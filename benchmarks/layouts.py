@@ -1,7 +1,8 @@
 """Which layout for which model on how many GPUs, by minitrl.plan: `python -m benchmarks.layouts [MODEL ...]`.
 
 For each model and number of GPUs the fastest of some layouts that fit is looked for: by what 4 and 6 of its layers ask
-for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json, model by model.
+for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json row by row; rows that are there
+already stay, so that it can be stopped and called again.
 
 `torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs one step on N real processes and on N
 pretended ones, of a model of 32 million parameters, and writes both into benchmarks/results/plan_check.json.
@@ -71,7 +72,7 @@ def candidates(name: str, gpus: int):
     slices = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0 and n <= each]
     thrifty = next((n for n in slices if 2 * parameters / n < memory / 4), slices[-1])
     for tensor in sorted({1, slices[-1]}):
-        for shard in sorted({1, each // tensor, gpus // tensor}):
+        for shard in sorted({1, each // tensor, min(gpus, 64) // tensor, gpus // tensor}):
             for offload, tokens in ((False, 8192), (False, 4096), (True, 8192)):
                 state = 0 if offload else (18 if shard == 1 else 16) * parameters / shard / tensor
                 sampler = 0 if shard == 1 and thrifty == tensor else 2 * parameters / thrifty
@@ -84,10 +85,11 @@ def candidates(name: str, gpus: int):
 
 
 def sketch(config: plan.Config, shape: ModelConfig) -> tuple[float, float]:
-    """(peak bytes, seconds of a token) from 4 and 6 layers: with fewer, FSDP2 does not yet gather ahead."""
+    """(peak bytes, a GPU's seconds for a token) from 4 and 6 layers: with fewer, FSDP2 does not yet gather ahead."""
     few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (4, 6)]
     found = [plan.plan(replace(config, num_micro_batches=1), some) for some in few]
-    pairs = [(x["memory"]["peak"], x["seconds"]["H100"]["step"] / config.tokens_per_microbatch) for x in found]
+    share = config.tensor / config.tokens_per_microbatch
+    pairs = [(x["memory"]["peak"], x["seconds"]["H100"]["step"] * share) for x in found]
     return tuple(six + (shape.num_hidden_layers - 6) * (six - four) / 2 for four, six in zip(*pairs))
 
 
@@ -107,18 +109,16 @@ def best(name: str, gpus: int) -> dict | None:
 def main(models: list[str]) -> None:
     path = RESULTS / "layouts.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    for name in models or MODELS:
-        rows = [row for row in rows if row["model"] != name]
-        for gpus in GPUS:
-            began = time.process_time()
-            found = best(name, gpus)
-            if found:
-                rows.append(found | {"gpus": gpus})
-            spent = time.process_time() - began
-            print(f"{name} on {gpus}: {spent:.0f} s of CPU", found and found["options"], flush=True)
+    done = {(row["model"], row["gpus"]) for row in rows}
+    for name, gpus in ((name, gpus) for name in models or MODELS for gpus in GPUS):
+        began = time.process_time()
+        if (name, gpus) in done or not (found := best(name, gpus)):
+            continue
+        rows.append(found | {"gpus": gpus})
         rows.sort(key=lambda row: (row["parameters"], row["model"], row["gpus"]))
         body = {"command": "python -m benchmarks.layouts", "torch": torch.__version__, "rows": rows}
         path.write_text(json.dumps(body, indent=1) + "\n")
+        print(f"{name} on {gpus}: {time.process_time() - began:.0f} s of CPU", found["options"], flush=True)
 
 
 def check(argv: list[str]) -> None:
@@ -127,7 +127,7 @@ def check(argv: list[str]) -> None:
     small = ("llama", 8, 512, 1408, 8, 4, 64, 8192, False)
     SHAPES["small"] = small
     shape = ModelConfig.from_hf(description("small"))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     options = ["--model", "small", "--gpus_per_node", str(size), "--tokens_per_microbatch", "2048"]
     config = parse(plan.Config, options + ["--max_prompt_length", "256", "--max_completion_length", "256"] + argv)
 

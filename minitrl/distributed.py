@@ -18,7 +18,9 @@ import ctypes
 import json
 import math
 import os
+import secrets
 import signal
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -104,6 +106,7 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
+                store=_fresh_store(rank, size, timeout_s),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
@@ -117,6 +120,28 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
                 "machine?); give torchrun --standalone, or another --master_port"
             ) from None
     return with_mesh(world, mesh, timeout_s) if mesh[1:] != (1, 1) else world
+
+
+def _fresh_store(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """Where the processes leave their addresses for each other: a part of torchrun's store that no earlier start used.
+
+    torchrun keeps one store over its restarts, and who comes first would find the addresses of the dead. So all come to
+    where rank 0 says, and go on once it names them: each by a word that is new with each start.
+    """
+    store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+    mine, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
+    if rank == 0:
+        store.set("meeting", mine)
+        everyone = [store.get(f"{mine}/{other}").decode() for other in range(1, size)]
+        store.set(f"{mine}/all", json.dumps(everyone))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < deadline:
+        lead = store.get("meeting").decode()
+        store.set(f"{lead}/{rank}", mine)
+        if store.check([f"{lead}/all"]) and mine in json.loads(store.get(f"{lead}/all")):
+            return dist.PrefixStore(lead, store)
+        time.sleep(0.05)
+    raise dist.DistStoreError("rank 0 did not come, or not all of the others did")
 
 
 def mesh_sizes(size: int, replicate: int | None, shard: int | None, tensor: int) -> tuple[int, int, int]:

@@ -137,7 +137,9 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
-        self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
+        self.tensors, self.digest, self.lock = {}, None, threading.Condition()
+        # Of no other run: one that began with the same weights may use a server of ours: what it sends is not ours.
+        self.version = gather_json(secrets.randbits(32) << 20, world)[0]
         self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
         self.still = threading.Lock()  # held while weights are sent, and while they change

@@ -81,6 +81,9 @@ class Config:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in "max_body_mib transfer_timeout drain_timeout".split():
             require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1e6")
+        lasts = self.tensor_parallel_size == 1 or self.transfer_timeout >= 3 * HEARTBEAT
+        require(lasts, "transfer_timeout", self.transfer_timeout, f"at least {3 * HEARTBEAT:.0f} with "
+                "--tensor_parallel_size: idle processes hear from each other as rarely as that")
         require(self.api_key is None or self.api_key_file is None, "api_key_file", self.api_key_file, "the only key")
         # Not a field: it is never shown. An empty one is wrong, and not none.
         self.key = os.environ.get("MINITRL_API_KEY") if self.api_key is None else self.api_key

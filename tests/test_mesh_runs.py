@@ -42,6 +42,7 @@ MESHES = {
     "replicate 2, shard 2": {"replicate": 2, "shard": 2},
     "shard 4": {"shard": 4},
     "shard 2, sampling in slices": {"shard": 2, "rollout_tensor": 2},
+    "sampling in slices": {"replicate": 2, "rollout_tensor": 2},
     "tensor 2, sampling whole": {"tensor": 2, "rollout_tensor": 1},
     "shard 2, offloaded": {"shard": 2, "cpu_offload": True},
 }
@@ -181,6 +182,7 @@ MORE = [
     ("grpo", "replicate 2, shard 2", RARE),
     ("grpo", "shard 2, tensor 2", MOVING | RARE),
     ("grpo", "shard 2, sampling in slices", RARE),
+    ("grpo", "sampling in slices", {}),
     ("grpo", "tensor 2, sampling whole", {}),
     ("grpo", "shard 2, offloaded", MOVING),
     ("ppo", "shard 2", {"num_mini_batches": 2}),

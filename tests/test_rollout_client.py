@@ -80,7 +80,8 @@ def test_an_update_without_a_change_is_none(tiny, pair):
 def test_another_rank_waits_until_rank_0_has_sent(tiny, pair):
     policy, tokenizer = changed(tiny, 0.97)
     first = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
-    second = RemoteEngine([pair[0].url], policy, tokenizer, distributed.World(1, 2, torch.device("cpu")), timeout_s=30)
+    second = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
+    second.world, second.version = distributed.World(1, 2, torch.device("cpu")), first.version
     got = []
     thread = threading.Thread(target=lambda: got.append(second.generate(PROMPTS, seed=SEEDS, **OPTIONS)))
     thread.start()

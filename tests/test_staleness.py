@@ -181,6 +181,36 @@ def test_another_trainers_weights_end_them(tiny, monkeypatch, server):
     assert same(future.result(60), Engine(remote.policy, tokenizer).generate(PROMPTS, seed=SEEDS, **LONG))
 
 
+def test_another_run_of_the_same_beginning_is_not_taken_for_this_one(tiny, monkeypatch, server):
+    """What it sends amid our completions, before we have newer weights ourselves, is none of our steps."""
+    engines, step = [], server.worker.engine.step
+    for _ in range(2):
+        policy, tokenizer = changed(tiny, 1.05)
+        engines.append(RemoteEngine([server.url], policy, tokenizer, WORLD, timeout_s=30))
+        with engines[-1].updating(0):
+            pass
+        engines[-1].ask(0, PROMPTS[:1], **OPTIONS)[0].result(30)
+    other, remote = engines
+    monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.02) or step())
+    future, _ = remote.ask(0, PROMPTS, seed=SEEDS, **LONG)
+    while not remote.servers[0].ready or not server.worker.pending:
+        time.sleep(0.02)
+    before = server.worker.version
+    with other.updating(1):
+        scaled(other.policy, 1.5)
+    while server.worker.version == before:
+        time.sleep(0.02)
+    monkeypatch.setattr(remote, "revive", lambda: None)  # it comes to that only later
+    with remote.updating(1):
+        scaled(remote.policy)
+    while server.worker.pending:
+        time.sleep(0.02)
+    monkeypatch.undo()
+    assert same(future.result(60), Engine(policy, tokenizer).generate(PROMPTS, seed=SEEDS, **LONG)), "asked again"
+    for engine in engines:
+        engine.close([])
+
+
 def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
     """A server that heeds no bound: it has the new weights only later."""
     policy, tokenizer = changed(tiny)
@@ -188,10 +218,11 @@ def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
     for number in (6, 7):
         with remote.updating(number):
             scaled(policy)
-    answers = iter([[[1, 0, 2]], [[9, 0, 2]], [[1, 0, 1], [2, 1, 2]], [[2, 0, 2]]])
+    old, new = remote.known
+    answers = iter([[[old, 0, 2]], [[new + 7, 0, 2]], [[old, 0, 1], [new, 1, 2]], [[new, 0, 2]]])
 
     def ask(method, path, body, timeout):
-        assert body["weights"] == [remote.known[2][0]], "a request names the digests that it may begin with"
+        assert body["weights"] == [remote.known[new][0]], "a request names the digests that it may begin with"
         logprobs = {"token_logprobs": [-1.0, -1.0]}
         return {"choices": [{"index": 0, "token_ids": [1, 2], "logprobs": logprobs, "finish_reason": "length",
                              "text": "", "weight_versions": next(answers)}]}  # fmt: skip
