@@ -41,8 +41,7 @@ _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all, or among those of one of the mesh's dimensions: rank 0 .. size-1, and the device
-    that its tensors live on."""
+    """This process's place among all, or among those of a dimension of the mesh: rank 0 .. size-1, and its device."""
 
     rank: int
     size: int
