@@ -41,8 +41,7 @@ _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all, or among those of one of the mesh's dimensions: rank 0 .. size-1, and the device
-    that its tensors live on."""
+    """This process's place among all, or among those of a dimension of the mesh: rank 0 .. size-1, and its device."""
 
     rank: int
     size: int
@@ -201,7 +200,8 @@ def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -
     if cpu_offload:
         kept = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if dtype.itemsize < 4:
-        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # A pack's weights and temperatures stay what they are: activations have the dtype of what makes them.
+        rounded = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": rounded, "offload_policy": kept}
     for block in model.layers:
         fully_shard(block, **options)

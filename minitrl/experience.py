@@ -44,6 +44,7 @@ class RolloutOptions(CommonOptions):
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
     rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
+    max_staleness: int = 0  # steps that weights may be behind which samples come from; 0: sample and train by turns
     rollout_tensor: int | None = None  # processes that divide every matrix of the sampler; none: --tensor
     rollout_cache_gib: float | None = None  # bound of the key/value cache of a process; none: as large as it gets
     deterministic: bool = False  # sampler and trainer compute the same to the bit, at up to twice the cost
@@ -93,6 +94,7 @@ class Rollouts:
     lengths_PG: Tensor  # int64
     sampler_logprobs_R: Tensor  # float32, under the distribution sampled from
     truncated_PG: Tensor  # bool, stopped by max_completion_length
+    versions_PG: Tensor  # int64, the step of the weights that the first token was sampled with
     rewards_PGF: Tensor  # float32, each reward function's; NaN where it does not apply
     rewards_PG: Tensor  # float32, their weighted sum; NaN where none applies
     advantages_PG: Tensor  # float32
@@ -259,27 +261,10 @@ def inputs(config: RolloutOptions, policy, rows, eval_rows, world: World) -> dic
     return found | rewards.fingerprints(config.reward + config.eval_reward)
 
 
-def generate(engine, rows, cursor: int, functions, config: RolloutOptions, run, step: int, number: int = 0) -> Rollouts:
-    """Rollouts of the `prompts_per_step` prompts at place `cursor` and behind it, with rewards, advantages left at 0.
-
-    number: generations that came before this one in the same step.
-    """
-    places = range(cursor, cursor + config.prompts_per_step)
-    sampling = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
-    return generate_and_score(
-        engine,
-        [rows[i] for i in data.order(len(rows), places.start, len(places), config.seed)],
-        [data.seed_of(config.seed, place) for place in places],
-        functions,
-        torch.tensor(config.reward_weights or (1.0,) * len(functions)),
-        run.world,
-        num_generations=config.num_generations,
-        step=step,
-        timeout_s=config.reward_timeout,
-        sampling=sampling | {"max_tokens": config.max_completion_length},
-        overlong=config.overlong_cache and (config.max_completion_length, config.overlong_cache),
-        first_index=number * config.prompts_per_step * config.num_generations,
-    )
+def share(count: int, world: World, engine) -> slice:
+    """Which of so many prompts this process samples for, with those that it divides the sampler with."""
+    teams, team = world.size // engine.tensor.size, world.rank // engine.tensor.size
+    return slice(count * team // teams, count * (team + 1) // teams)
 
 
 def warn(parts: list[Rollouts], config: RolloutOptions, run, step: int) -> bool:
@@ -297,7 +282,7 @@ def warn(parts: list[Rollouts], config: RolloutOptions, run, step: int) -> bool:
 
 def generate_and_score(
     engine, rows, seeds, functions, weights, world: World, *, num_generations, step, timeout_s, sampling, overlong=None,
-    first_index=0,
+    first_index=0, sampled=None,
 ) -> Rollouts:
     """Sample `num_generations` completions of each row's prompt and reward them; the advantages are left at 0.
 
@@ -310,16 +295,16 @@ def generate_and_score(
     sampling: keyword arguments of `Engine.generate`.
     overlong: (max_completion_length, cache) adds `rewards.overlong_penalty` to the rewards.
     first_index: completions that were sampled in this step before these.
+    sampled: in place of the engine's `generate`, gives this process's completions; their versions are steps.
     """
     P, G = len(rows), num_generations
-    teams, team = world.size // engine.tensor.size, world.rank // engine.tensor.size
-    first, last = P * team // teams, P * (team + 1) // teams
-    mine = rows[first:last]
+    part = share(P, world, engine)
+    mine = rows[part]
     prompts = [row["prompt_ids"] for row in mine]
     repeated = [row for row in mine for _ in range(G)] if engine.tensor.rank == 0 else []
     names = repeated[0]["columns"] if repeated else {}
     with together("sampling and scoring", world):
-        groups = engine.generate(prompts, n=G, seed=seeds[first:last], **sampling)
+        groups = sampled() if sampled else engine.generate(prompts, n=G, seed=seeds[part], **sampling)
         completions = [completion for group in groups for completion in group if engine.tensor.rank == 0]
         rewards_NF = rewards.score(
             functions,
@@ -329,7 +314,7 @@ def generate_and_score(
             [completion.ids for completion in completions],
             {name: [row["columns"][name] for row in repeated] for name in names},
             step,
-            first_index + first * G,
+            first_index + part.start * G,
         ) if repeated else torch.empty(0, len(functions))
     lengths_N = torch.tensor([len(completion.ids) for completion in completions], dtype=torch.int64)
     rewards_N = weighted_rewards(rewards_NF, weights)
@@ -341,6 +326,7 @@ def generate_and_score(
 
     tokens = [token for completion in completions for token in completion.ids]
     logprobs = [logprob for completion in completions for logprob in completion.logprobs]
+    versions = [completion.versions[0][0] if sampled else step for completion in completions]
     return Rollouts(
         prompt_tokens=torch.tensor([token for row in rows for token in row["prompt_ids"]]),
         prompt_lengths_P=torch.tensor([len(row["prompt_ids"]) for row in rows]),
@@ -348,6 +334,7 @@ def generate_and_score(
         lengths_PG=whole(lengths_N, torch.int64).view(P, G),
         sampler_logprobs_R=whole(logprobs, torch.float32),
         truncated_PG=whole([completion.finish_reason == "length" for completion in completions], torch.bool).view(P, G),
+        versions_PG=whole(versions, torch.int64).view(P, G),
         rewards_PGF=whole(rewards_NF, torch.float32).view(P, G, -1),
         rewards_PG=whole(rewards_N, torch.float32).view(P, G),
         advantages_PG=torch.zeros(P, G),
@@ -466,6 +453,7 @@ def completion_rows(rollouts: Rollouts, tokenizer, functions, used: bool = True)
                 "rewards": dict(zip([name for name, _ in functions], scores)),
                 "advantage": rollouts.advantages_PG[p, g].item() if used else None,
                 "used": used,
+                "version": rollouts.versions_PG[p, g].item(),
                 "finish_reason": "length" if rollouts.truncated_PG[p, g] else "stop",
             })
     return rows

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, experience, lora, losses, rollout_client, runs, toy, training
+from . import ahead, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
     engine = rollout_client.engine_of(config, policy, tokenizer, world)
+    samples = ahead.Ahead(engine, rows, config, run)
     total = training.total_steps(config, len(rows), config.prompts_per_step, config.num_iterations)
     given = experience.inputs(config, policy, rows, eval_rows, world)
     step, cursor, rollouts, known = experience.resume(run, total, given, [policy], optimizer, reference=mixture)
@@ -93,25 +94,30 @@ def main(argv: list[str] | None = None) -> int:
         unused = rollouts if step % config.num_iterations else None
         experience.save(run, step, cursor, unused, known, optimizer, reference=mixture)
 
-    with runs.Interrupt() as interrupt, run.rescued(lambda: step if optimizer.whole else None, checkpoint_now):
+    whole = lambda: step if optimizer.whole else None
+    with runs.Interrupt() as interrupt, run.rescued(whole, checkpoint_now), samples:
         if step == 0 and eval_rows:
             run.log_step(0, experience.evaluate(engine, eval_rows, eval_functions, config, world, 0))
         while step < total and not distributed.any_true(interrupt.wanted, world):
-            if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now
+            if fresh := step % config.num_iterations == 0:  # rollouts from the policy as it is now, or was lately
                 with run.timed("rollout"):
-                    rollouts, drawn = generate(engine, rows, cursor, functions, config, run, step, left_out := [])
+                    given = engine, rows, cursor, functions, config, run, step
+                    rollouts, drawn = generate(*given, left_out := [], samples)
                 known = {}
             with run.timed("train"):
                 plan = micro_batches(rollouts, config, world)
                 if fresh and reference:
-                    with lora.as_reference(reference):
+                    with samples.still(), lora.as_reference(reference):
                         known["reference"] = experience.score(reference, rollouts, plan, config, world)[0]
                 metrics = backward(policy, rollouts, known, plan, config, run, step)
-                metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
+                with samples.updating(step + 1):
+                    metrics |= training.update(optimizer, run, step, lambda: rollouts.ids(plan[world.data.rank]))
             step, cursor = step + 1, drawn if fresh else cursor
+            samples.ask(cursor, step)
             if config.sync_ref_model and step % config.ref_model_sync_steps == 0:
                 mix(reference, mixture, policy, config.ref_model_mixup_alpha)
             metrics |= experience.rollout_metrics(rollouts, functions)
+            metrics |= samples.metrics(rollouts, step - 1) if fresh else {}
             sampled = [rollouts, *left_out] if fresh else []  # in this step
             new_rows = [r for x in sampled for r in experience.completion_rows(x, tokenizer, functions, x is rollouts)]
             if fresh and config.dynamic_sampling:
@@ -130,11 +136,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(
-    engine, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None
+    engine, rows, cursor: int, functions, config: Config, run, step: int, left_out: list | None = None, samples=None
 ) -> tuple[Rollouts, int]:
     """Rollouts of the next prompts, with rewards and advantages, and the new cursor: prompts drawn so far.
 
     `left_out` gets the groups that were sampled and not kept: a Rollouts, perhaps of none, for each generation.
+    `samples`: an `ahead.Ahead`, which may have been asked for them.
 
     With --dynamic_sampling (DAPO, arXiv 2503.14476 section 3.2) groups whose rewards are all equal are replaced by
     those of further prompts, a bounded number of times; what still lacks is filled up with them, so that every step
@@ -142,7 +149,8 @@ def generate(
     """
     parts, live, flat = [], [], []
     while len(live) < config.prompts_per_step and len(parts) <= config.dynamic_sampling:
-        part = experience.generate(engine, rows, cursor, functions, config, run, step, len(parts))
+        sampled = samples.take(cursor, step) if samples else None
+        part = ahead.generate(engine, rows, cursor, functions, config, run, step, len(parts), sampled)
         cursor += config.prompts_per_step
         for p, signal in enumerate(experience.has_signal(part.rewards_PG).tolist()):
             (live if signal else flat).append((len(parts), p))
@@ -184,6 +192,12 @@ def backward(policy, rollouts: Rollouts, known: dict[str, Tensor], plan, config:
 
     known: log-probs (R,) that outlive an optimizer step: "reference", and where num_iterations > 1 "old", which the
     first iteration puts there: on policy they are those of its own forward pass, and no extra pass is spent on them.
+
+    "old" is the policy as it was when this generation's updates began, never the one that sampled, which with
+    --max_staleness is some steps older and may have changed amid a completion. The ratio policy / old bounds what these
+    updates do, while the weight old / sampler, truncated, accounts for whose samples they are, token by token as each
+    was drawn. Their product is the importance ratio; clipping all of it would hold the policy to stale weights
+    (arXiv 2110.00641).
     """
     world, counted_PG = run.world, counted(rollouts, config)
     counts = {
@@ -294,6 +308,11 @@ def check(config: Config) -> None:
     must(below, "vllm_importance_sampling_clip_min", "at least 0 and below --vllm_importance_sampling_clip_max")
     corrects, noisy = config.vllm_importance_sampling_correction, config.use_peft and config.lora_dropout > 0
     rule = "off with --lora_dropout, whose noise it would take for the sampler's"
+    must(config.max_staleness >= 0, "max_staleness", "at least 0")
+    apart = "0 without --rollout_server: one process samples and trains by turns, there is nothing to overlap"
+    must(not config.max_staleness or config.rollout_server, "max_staleness", apart)
+    must(corrects or not config.max_staleness, "vllm_importance_sampling_correction",
+         "on with --max_staleness: it is what accounts for samples of older weights")
     must(not (corrects and noisy), "vllm_importance_sampling_correction", rule)
     must(0 <= config.epsilon < 1, "epsilon", "at least 0 and below 1")
     must(config.epsilon_high is None or config.epsilon_high >= 0, "epsilon_high", "at least 0")

@@ -1,6 +1,6 @@
 """PPO: proximal policy optimisation (arXiv 1707.06347, 1909.08593) with a value model, from prompts to a better policy.
 
-    1  take the next `prompts_per_step` prompts, sample completions, reward them                   experience.generate
+    1  take the next `prompts_per_step` prompts, sample completions, reward them                        ahead.generate
     2  log-probs of their tokens under the policy and under the policy at the start of training, which is the reference,
        and before each token a value: the value model's guess of the reward that is still to come              judge
     3  a token's reward = -kl_coef times its share of KL(policy || reference); at the last token, + the completion's
@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
+from . import ahead, checkpoint, data, distributed, experience, lora, losses, rollout_client, runs, toy, training
 from .config import parse, require
 from .experience import RolloutOptions, Rollouts
 from .model import with_scalar_head
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         while step < total and not distributed.any_true(interrupt.wanted, world):
             if fresh := step % each == 0:  # rollouts from the policy as it is now
                 with run.timed("rollout"):
-                    rollouts = experience.generate(engine, rows, cursor, functions, config, run, step)
+                    rollouts = ahead.generate(engine, rows, cursor, functions, config, run, step)
                     experience.warn([rollouts], config, run, step)
                 with run.timed("judge"):
                     rollouts, known = judge(policy, reference, value_model, rollouts, config, world)
@@ -249,6 +249,8 @@ def check(config: Config) -> None:
     """ValueError for a value, or a combination of values, that can't be run."""
     for name in "num_generations num_ppo_epochs num_mini_batches".split():
         config.must(getattr(config, name) >= 1, name, "at least 1")
+    rule = "0: PPO has no correction for samples of older weights, GRPO has"
+    config.must(config.max_staleness == 0, "max_staleness", rule)
     completions = config.prompts_per_step * config.num_generations
     enough = config.num_mini_batches <= completions
     config.must(enough, "num_mini_batches", f"at most {completions}, the completions of a generation")

@@ -13,6 +13,10 @@ server that has other weights refuses. So one that was restarted, or that took p
 before it is up to date. Where the trainers' mesh divides the policy each of its first replica's processes sends what it
 has, from a thread of its own, when rank 0 says so; where each has the whole, rank 0 alone does, and compares the
 server's log-probs with the policy's own after each update.
+
+What is asked for in the background (`ask`; ahead.py), while the policy is trained, names a bound instead: the digests
+of all weights since a step, any of which it may begin with. The server goes on with it when newer ones arrive, and
+tells for every token which it is from.
 """
 
 import http.client
@@ -20,11 +24,13 @@ import json
 import math
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+import weakref
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from urllib.parse import urlsplit
@@ -91,6 +97,7 @@ class _Server:
         self.ready, self.load, self.why = False, 0, "not asked yet"
         self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
         self.route, self.where = None, {}  # to it, and where we have met
+        self.sockets = weakref.WeakSet()
 
     def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
         """The answer's JSON. Lost where there is none; ValueError where the server says that the request is wrong."""
@@ -101,6 +108,7 @@ class _Server:
         try:
             with closing(kind(self.host, self.port, timeout=min(10.0, timeout_s))) as connection:
                 connection.connect()
+                self.sockets.add(connection.sock)
                 connection.sock.settimeout(timeout_s)
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
                 response = connection.getresponse()
@@ -129,9 +137,17 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.servers = [_Server(url) for url in urls]
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
-        self.tensors, self.digest, self.version, self.lock = {}, None, 0, threading.Condition()
+        self.tensors, self.digest, self.lock = {}, None, threading.Condition()
+        # Of no other run: one that began with the same weights may use a server of ours: what it sends is not ours.
+        self.version = gather_json(secrets.randbits(32) << 20, world)[0]
         self.tensor = ALONE  # each process asks for itself
         self.mismatch = 0.0  # nats, the largest found after an update
+        self.still = threading.Lock()  # held while weights are sent, and while they change
+        self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`
+        self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
+        self.probe = None  # a prompt to compare a server by
+        self.background, self.courier = ThreadPoolExecutor(IN_FLIGHT), None  # rank 0's, who sends the weights
+        self.changed, self.ended = threading.Event(), threading.Event()
         self.mesh = world.shard.size, world.tensor.size
         self.senders = math.prod(self.mesh)  # the first ranks
         self.orders, self.numbers, self.routes = None, count(), {}  # rank 0's to the other senders; theirs, by URL
@@ -140,24 +156,70 @@ class RemoteEngine:
 
     def generate(self, prompts, n=1, max_tokens=256, seed=0, **options) -> list[list[Completion]]:
         """As `Engine.generate`. ConnectionError names the servers where none can be had for timeout_s."""
+        bodies = self._bodies(prompts, n, max_tokens, seed, options)
+        with self.still:
+            self._renew()
+        return self._gather(bodies)
+
+    def ask(self, least: int, prompts, n=1, max_tokens=256, seed=0, **options) -> Future:
+        """`generate` in the background, by the weights of step `least` or later. `versions` are steps here."""
+        return self.background.submit(self._gather, self._bodies(prompts, n, max_tokens, seed, options), least)
+
+    @contextmanager
+    def updating(self, step: int):
+        """Inside, the policy's weights become those of `step`, while none are sent. Then these are, in the background:
+        by rank 0, for all ranks, whether or not it has something to ask for itself."""
+        with self.still:
+            yield
+            self._renew(step)
+        if self.courier is None and self.world.rank == 0:
+            self.courier = self.background.submit(self._keep_sending)
+        self.changed.set()
+
+    def _keep_sending(self) -> None:
+        while not self.ended.is_set():
+            with suppress(ValueError):  # who asks that server meets the same, and says so
+                self.revive()
+            self.changed.wait(0.2)  # a server that was lost may be back
+            self.changed.clear()
+
+    def close(self, asked: list[Future]) -> None:
+        """End what was asked for, and the sending."""
+        self.ended.set()
+        self.changed.set()
+        while wait([*asked, *filter(None, [self.courier])], 0.1).not_done:
+            for connected in [connected for server in self.servers for connected in server.sockets]:
+                with suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
+
+    def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
+        """A request for each prompt."""
         ids = [p if isinstance(p, list) and isinstance(p[0], int) else self.tokenizer.prompt_ids(p) for p in prompts]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(ids)
-        bodies = [
+        self.probe = ids[0] if ids else self.probe
+        return [
             {"prompt": prompt, "seed": s, "n": n, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
             for prompt, s in zip(ids, seeds, strict=True)
         ]
+
+    def _renew(self, step: int | None = None) -> None:
+        """Take the policy's weights for those to sample with; all servers are to get them where they are others."""
         self.tensors = dict(lora.merged(self.policy))  # its own weights, or copies where there are adapters
         digest = transfer.digest(self.tensors, self.world.shard, self.world.tensor)
         if digest != self.digest:
             self.digest, self.version = digest, self.version + 1
             for server in self.servers:
                 server.ready, server.again = False, 0.0
-        self.revive(ids[0] if ids else None)
+        if step is not None:
+            self.known = self.known | {self.version: (digest, step)}
+
+    def _gather(self, bodies: list[dict], least: int | None = None) -> list[list[Completion]]:
+        self.revive()
         stop = time.monotonic() + self.timeout_s
-        with ThreadPoolExecutor(min(IN_FLIGHT, len(ids)) or 1) as pool:
+        with ThreadPoolExecutor(min(IN_FLIGHT, len(bodies)) or 1) as pool:
             over = threading.Event()
-            futures = [pool.submit(self._complete, body, over) for body in bodies]
+            futures = [pool.submit(self._complete, body, over, least) for body in bodies]
             try:
                 open_, ready = set(futures), any(server.ready for server in self.servers)
                 while open_ or not ready:  # with nothing to ask for itself, rank 0 still has to send the weights
@@ -169,33 +231,35 @@ class RemoteEngine:
                         stop = time.monotonic() + self.timeout_s
                     elif time.monotonic() > stop:
                         raise ConnectionError("no rollout server can be had: " + self._whys())
+                    if self.ended.is_set():
+                        raise ConnectionAbortedError("it is not wanted any more")
                     if open_ or not ready:
-                        self.revive(ids[0] if ids else None)
+                        self.revive()
             finally:
                 over.set()
                 for future in futures:
                     future.cancel()
         return [future.result() for future in futures]
 
-    def revive(self, probe: list[int] | None) -> None:
+    def revive(self) -> None:
         """Take back the servers that are due to be asked again, if they have these weights or rank 0 can send them."""
-        due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
-        if not due:
-            return
-        with ThreadPoolExecutor(len(due)) as pool:
-            list(pool.map(lambda server: self._try(server, probe), due))
+        with self.still:
+            due = [server for server in self.servers if not server.ready and server.again <= time.monotonic()]
+            if due:
+                with ThreadPoolExecutor(len(due)) as pool:
+                    list(pool.map(self._try, due))
 
-    def _try(self, server: _Server, probe: list[int] | None) -> None:
+    def _try(self, server: _Server) -> None:
         try:
             state = server.ask("GET", "/weights", None, 10.0)
             if state.get("deterministic") != self.policy.deterministic:
                 raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
-            if state.get("digest") != self.digest:
+            if (state.get("digest"), state.get("version")) != (self.digest, self.version):
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 self._update(server, state)
-            if probe and self.world.rank == 0 and self.senders == 1:
-                self._compare(server, probe)
+            if self.probe and self.world.rank == 0 and self.senders == 1:
+                self._compare(server, self.probe)
         except (Lost, ConnectionError) as error:
             self._leave_out(server, error)
             return
@@ -206,8 +270,8 @@ class RemoteEngine:
     def _update(self, server: _Server, state: dict) -> None:
         """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
         theirs, dtype = state.get("tensors"), next(iter(self.tensors.values())).dtype
-        if self.senders > 1:  # masters in float32: they are sent in what the server has
-            dtype = torch.bfloat16 if str(theirs)[:200].count("bfloat16") else torch.float32
+        if self.world.shard.size > 1 and theirs == transfer.describe(self.policy.config, torch.bfloat16):
+            dtype = torch.bfloat16  # ours are masters
         described = transfer.describe(self.policy.config, dtype)
         if theirs != described:
             try:
@@ -314,7 +378,7 @@ class RemoteEngine:
             raise ValueError(f"--rollout_server {server.url}: after the update its log-probs differ from the policy's "
                              f"by {difference:.3g} nats, more than {tolerance}: it does not sample from these weights")
 
-    def _complete(self, body: dict, over: threading.Event) -> list[Completion]:
+    def _complete(self, body: dict, over: threading.Event, least: int | None) -> list[Completion]:
         """One prompt's completions, from whichever server; asked again until one has answered.
 
         ConnectionError where that has not helped for timeout_s: then it is the request that servers fail at.
@@ -329,7 +393,7 @@ class RemoteEngine:
                 server = min(ready, key=lambda server: server.load)
                 server.load += 1
             try:
-                return self._completions(server, body)
+                return self._completions(server, body, least)
             except Lost as lost:
                 if not lost.busy:
                     first = first or time.monotonic()
@@ -344,8 +408,9 @@ class RemoteEngine:
                     server.load -= 1
         raise ConnectionAbortedError("another request failed")
 
-    def _completions(self, server: _Server, body: dict) -> list[Completion]:
-        answer = server.ask("POST", "/v1/completions", body | {"weights": self.digest}, self.timeout_s)
+    def _completions(self, server: _Server, body: dict, least: int | None = None) -> list[Completion]:
+        wanted = self.digest if least is None else [known for known, step in self.known.values() if step >= least]
+        answer = server.ask("POST", "/v1/completions", body | {"weights": wanted}, self.timeout_s)
         try:
             completions = []
             for index, choice in enumerate(answer["choices"]):
@@ -355,10 +420,16 @@ class RemoteEngine:
                 good = good and all(type(x) is float and math.isfinite(x) for x in logprobs)
                 good = good and choice["finish_reason"] in ("stop", "length") and isinstance(choice["text"], str)
                 versions = tuple(map(tuple, choice["weight_versions"]))
-                assert good and len(versions) == 1, f"choice {index} is not a completion, or not of one version"
+                good = good and (len(versions) == 1 or least is not None)
+                assert good, f"choice {index} is not a completion, or not of one version"
+                if least is not None:
+                    versions = tuple((self.known.get(version, ("", -1))[1], *part) for version, *part in versions)
+                    if (oldest := min(versions)[0]) < least:
+                        self.too_old += 1
+                        raise Lost(f"choice {index} is of the weights of step {oldest}, not of {least} or later")
                 completions.append(Completion(ids, logprobs, choice["text"], choice["finish_reason"], versions))
             assert len(completions) == body["n"], f"{len(completions)} completions of {body['n']}"
-        except (KeyError, TypeError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise Lost(f"not an answer of ours: {error!r}") from None
         return completions
 

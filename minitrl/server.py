@@ -36,8 +36,8 @@ from typing import Literal
 
 import torch
 
-from . import checkpoint, data, distributed, lockstep, runs, transfer, web
-from .config import parse, require
+from . import checkpoint, data, distributed, lockstep, runs, toy, transfer, web
+from .config import CommonOptions, parse, require
 from .layout import hf_tensors
 from .rollout import Engine, context_length
 from .sampling import Sampling
@@ -51,8 +51,8 @@ HEARTBEAT = 5.0  # seconds: how often idle processes that serve one model togeth
 class Config:
     """Serve a language model over HTTP: OpenAI's completions, TRL's generation server, weights from a trainer."""
 
-    model: str  # folder with a Hugging Face checkpoint, or a Hub id
-    served_model_name: str | None = None  # what clients call it; none: as --model says
+    model: str | None = None  # folder with a Hugging Face checkpoint, or a Hub id; none: the built-in toy
+    served_model_name: str | None = None  # what clients call it; none: as --model says, or toy
     host: str = "127.0.0.1"  # address to listen on; others than loopback need a key
     port: int = 8000  # 0: any that is free
     api_key: str | None = field(default=None, repr=False)  # bearer key; better in MINITRL_API_KEY, or in a file
@@ -73,11 +73,17 @@ class Config:
     drain_timeout: float = 30.0  # seconds that running requests get to finish after SIGTERM
 
     def __post_init__(self):
+        whole = self.model is not None or (self.dtype == "float32" and self.tensor_parallel_size == 1)
+        rule = "given with --dtype bfloat16 or --tensor_parallel_size: the built-in toy is in float32, and in one piece"
+        require(whole, "model", self.model, rule)
         require(0 <= self.port < 65536, "port", self.port, "from 0 to 65535")
         for name in "tensor_parallel_size max_batch prefill_tokens max_queue max_prompts max_n max_connections".split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in "max_body_mib transfer_timeout drain_timeout".split():
             require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1e6")
+        lasts = self.tensor_parallel_size == 1 or self.transfer_timeout >= 3 * HEARTBEAT
+        require(lasts, "transfer_timeout", self.transfer_timeout, f"at least {3 * HEARTBEAT:.0f} with "
+                "--tensor_parallel_size: idle processes hear from each other as rarely as that")
         require(self.api_key is None or self.api_key_file is None, "api_key_file", self.api_key_file, "the only key")
         # Not a field: it is never shown. An empty one is wrong, and not none.
         self.key = os.environ.get("MINITRL_API_KEY") if self.api_key is None else self.api_key
@@ -94,8 +100,11 @@ class Config:
 class Job:
     """One HTTP request's requests to the engine. The engine's thread calls `told`, the connection's waits."""
 
-    def __init__(self, streams: bool, weights: str | None):
-        self.requests, self.open, self.error, self.weights = [], 0, None, weights
+    def __init__(self, streams: bool, weights: str | list[str] | None):
+        """weights: the one digest that all tokens are to be of; or those that it may begin with, to go on with what the
+        same trainer sends meanwhile."""
+        self.requests, self.open, self.error = [], 0, None
+        self.weights, self.goes_on = [weights] if isinstance(weights, str) else weights, isinstance(weights, list)
         self.done, self.events = threading.Event(), queue.SimpleQueue() if streams else None
 
     def told(self, p: int, g: int, token: int, logprob: float, reason: str | None) -> None:
@@ -123,7 +132,7 @@ class Worker(threading.Thread):
         self.engine, self.max_queue, self.jobs, self.inbox = engine, max_queue, set(), queue.SimpleQueue()
         self.tensors = {name: p.detach() for name, p in engine.model.named_parameters()}
         self.version, self.digest, self.pending = 0, transfer.digest(self.tensors, engine.tensor), 0
-        self.failure = None
+        self.failure, self.trainer = None, None  # trainer: whose weights they are, the bridge's generation
 
     def call(self, function, *arguments):
         """function(*arguments) in the engine's thread; what it returns or raises."""
@@ -172,7 +181,7 @@ class Worker(threading.Thread):
     def submit(self, job: Job) -> None:
         """Queue all of a job's requests, or none of them."""
         size = sum(request.n for request in job.requests)
-        if job.weights not in (None, self.digest):
+        if job.weights is not None and self.digest not in job.weights:
             raise Refused(409, f"weights: the server holds {self.digest} (version {self.version})", "weights")
         if size > self.max_queue:
             raise Refused(400, f"n: {size} sequences in all are above --max_queue {self.max_queue}", "n")
@@ -195,14 +204,15 @@ class Worker(threading.Thread):
             if not job.done.is_set():
                 job.end(error)
 
-    def install(self, new: dict, version: int, digest: str) -> None:
+    def install(self, new: dict, version: int, digest: str, trainer: int | None = None) -> None:
         """Put a whole, verified set of weights in place. Who insisted on those before is refused, and others go on."""
         lockstep.tell(self.engine, "install")
         lockstep.install(self.engine, self.tensors, new)
-        self.version, self.digest = version, digest
+        the_same = trainer is not None and trainer == self.trainer
+        self.version, self.digest, self.trainer = version, digest, trainer
         self.engine.weights_changed(version)
         for job in list(self.jobs):
-            if job.weights not in (None, digest):
+            if job.weights is not None and digest not in job.weights and not (job.goes_on and the_same):
                 self.close(job, Refused(409, "weights: they were replaced meanwhile", "weights"))
 
 
@@ -286,7 +296,7 @@ class Weights:
                 raise Refused(400, str(error), "tensors") from None
             self.worker.call(lockstep.tell, self.worker.engine, "receive")
             new = transfer.receive(self.route, self.worker.tensors)
-            self.worker.call(self.worker.install, new, version, digest)
+            self.worker.call(self.worker.install, new, version, digest, generation)
 
     def aside(self, action, *arguments) -> None:
         """TRL's requests are answered before they are done, in order."""
@@ -452,7 +462,7 @@ class Connection(web.Connection):
             raise Refused(400, "stop: at most 16 strings of 1 to 256 characters", "stop")
         numbers = {name: take(name, float, 1.0) for name in ("temperature", "top_p", "repetition_penalty")}
         numbers |= {"min_p": take("min_p", float, 0.0), "top_k": take("top_k", int, 0, -1, 2**31)}
-        seeds, weights = take("seed", (int, list), of=int), take("weights", str)
+        seeds, weights = take("seed", (int, list), of=int), take("weights", (str, list), of=str)
         fields.done()
         if seeds is None:  # nobody is to draw the same twice
             seeds = [secrets.randbits(63) for _ in prompts]
@@ -590,7 +600,7 @@ class Server(web.Server):
     """The worker and its weights behind HTTP."""
 
     def __init__(self, config: Config, engine: Engine):
-        self.config, self.name, self.draining = config, config.served_model_name or config.model, False
+        self.config, self.name, self.draining = config, config.served_model_name or config.model or "toy", False
         limits = config.key, config.max_body_mib * 2**20, config.max_connections
         super().__init__(config.host, config.port, Connection, *limits)
         self.worker = Worker(engine if engine.tensor.size == 1 else lockstep.Leader(engine), config.max_queue)
@@ -611,7 +621,7 @@ class Server(web.Server):
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT."""
-    config = parse(Config, argv)
+    config = parse(Config, argv, preset=lambda given: {} if "model" in given else {"dtype": "float32"})
     world, slices = distributed.start(config.device, config.transfer_timeout), config.tensor_parallel_size
     if world.size != slices:
         raise ValueError(f"--tensor_parallel_size {slices}: {world.size} processes were started; start as many "
@@ -619,7 +629,10 @@ def main(argv: list[str] | None = None) -> int:
     if slices > 1:
         world = distributed.with_mesh(world, (1, 1, slices), config.transfer_timeout)
     try:
-        model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device, world=world)
+        if config.model is None:  # as it is at the default --seed; a trainer with another sends its own
+            model, tokenizer = toy.build(CommonOptions.seed, world.device)
+        else:
+            model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device, world=world)
         engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
                         prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
     except ValueError as error:  # which speaks of a trainer's option

@@ -226,10 +226,6 @@ def _fold(sums, piece: Tensor) -> None:
             sums.update(words.sum(1).cpu().numpy())
 
 
-def _as_tensor(sums, link: Link) -> Tensor:
-    return torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(link.world.device)
-
-
 @dataclass(frozen=True)
 class Move:
     """A rectangle of a checkpoint's tensor, that source number `source` sends to target number `target`."""
@@ -318,12 +314,12 @@ class Route:
         options = dtype, max(bucket // dtype.itemsize, 1), verify
         streams = [(rank, True, self._give(part, source, *options)) for rank, part in self.sends.items()]
         streams += [(rank, False, self._take(part, target, *options, rank)) for rank, part in self.receives.items()]
-        flying = []
+        flying = [], []  # what to wait for, and the memory that has to last until then
         for number, pieces in enumerate(zip_longest(*(stream for *_, stream in streams))):
             starting = [(*pair, piece) for (*pair, _), piece in zip(streams, pieces) if piece is not None]
-            flying, landing = self.link.exchange(starting), flying
-            self.link.finish(landing, f"bucket {number} of the weights")
-        self.link.finish(flying, "the last bucket of the weights")
+            flying, landing = (self.link.exchange(starting), starting), flying
+            self.link.finish(landing[0], f"bucket {number} of the weights")
+        self.link.finish(flying[0], "the last bucket of the weights")
 
     def _give(self, moves_: list[Move], source, dtype, size: int, verify: bool) -> Iterator[Tensor | None]:
         """What one other process gets, piece by piece: buckets; after one turn without any, their digest."""
@@ -336,7 +332,7 @@ class Route:
             yield data
         if verify:
             yield None
-            yield _as_tensor(sums, self.link)
+            yield torch.frombuffer(bytearray(sums.digest()), dtype=torch.uint8).to(self.link.world.device)
 
     def _take(self, moves_: list[Move], target, dtype, size: int, verify: bool, rank: int) -> Iterator[Tensor | None]:
         """Room for what one other process sends; each piece is there when the next but one is asked for."""
@@ -362,7 +358,6 @@ class Route:
             with _named("verifying the weights", self.link.world):
                 if bytes(theirs.tolist()) != sums.digest():
                     raise RuntimeError(f"their digest is not the one that rank {rank} sent")
-
 
     def _room(self, part: list[Move], dtype) -> Tensor:
         return torch.empty(sum(move.size for move in part), dtype=dtype, device=self.link.world.device)

@@ -196,6 +196,7 @@ def rollouts(seed: int = 0, P: int = 3, G: int = 4) -> Rollouts:
         lengths_PG=lengths,
         sampler_logprobs_R=-torch.rand(R, generator=g),
         truncated_PG=torch.rand(P, G, generator=g) < 0.3,
+        versions_PG=torch.zeros_like(lengths),
         rewards_PGF=torch.randn(P, G, 2, generator=g),
         rewards_PG=torch.randn(P, G, generator=g),
         advantages_PG=torch.arange(1.0, N + 1).view(P, G),

@@ -72,6 +72,7 @@ def rollouts() -> Rollouts:
         lengths_PG=lengths,
         sampler_logprobs_R=torch.randn(total, generator=generator),
         truncated_PG=lengths > 9,
+        versions_PG=torch.zeros_like(lengths),
         rewards_PGF=rewards[..., None],
         rewards_PG=rewards,
         advantages_PG=torch.zeros(6, 4),

@@ -13,14 +13,15 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
-    "experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data packing "
-    "pairs checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
+    "ahead experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data "
+    "packing pairs checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
         "rollout rollout_client sampling rewards packing distributed config data checkpoint state lora training toy".split()
     ),
+    "ahead": {"experience", "data", "training"},
     "training": {"distributed", "layout", "state", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
@@ -39,7 +40,7 @@ ARROWS = {
     "model": {"distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
-    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo")},
+    **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo", "server")},
     "plan": LIBRARY | {"grpo"},  # whose step it runs
 }
 
@@ -170,7 +171,7 @@ def test_sizes():
     wide = [f"{path.name}:{i}" for path, text in lines.items() for i, line in enumerate(text, 1) if len(line) > 120]
     assert not long, long
     assert not wide, wide
-    assert sum(map(len, lines.values())) <= 13_800
+    assert sum(map(len, lines.values())) <= 14_200
 
 
 @pytest.mark.parametrize("script", ["grpo", "ppo"])

@@ -76,6 +76,7 @@ def rollouts() -> Rollouts:
         lengths_PG=lengths,
         sampler_logprobs_R=torch.zeros(R),
         truncated_PG=torch.zeros(4, 4, dtype=torch.bool),
+        versions_PG=torch.zeros_like(lengths),
         rewards_PGF=torch.zeros(4, 4, 1),
         rewards_PG=torch.zeros(4, 4),
         advantages_PG=advantages,

@@ -1,4 +1,4 @@
-"""plan.py: a step on a pretended cluster asks for what the same step asks for on a real one, and for what formulas say."""
+"""plan.py: a step on a pretended cluster asks for what the same step asks for on a real one, and formulas say."""
 
 import json
 import math
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from minitrl import distributed, layout, plan
 from minitrl.distributed import World
+from minitrl.kernels import attention
 from minitrl.kernels.attention import visible
 from minitrl.model import Model, ModelConfig
 
@@ -45,6 +46,7 @@ def config(mesh, **options) -> plan.Config:
 
 def pretend(mesh, what: ModelConfig | None = None, **options) -> dict:
     asked = config(mesh, **options)
+    attention.tiles.cache_clear()  # what is cached is not made again, and not counted
     with plan.pretended(math.prod(mesh), mesh) as world:
         return plan.measure(asked, what or shape(), world)
 
@@ -58,7 +60,6 @@ def plain(found: dict) -> dict:
     for reading in readings.values():
         for key in ("peak", "kept", "traffic", "calls"):
             reading[key] = {str(name): n for name, n in reading[key].items() if n}
-        reading["kept"].pop("activations", None)  # a real collective may hold what it sent a moment longer
     return readings
 
 
@@ -66,7 +67,8 @@ def real_steps(folder: str, names: list[str], meshes: list[tuple], options: dict
     os.environ["MINITRL_KERNELS"] = "reference"
     world = distributed.start("cpu", 120)
     for name, mesh in zip(names, meshes):
-        part = world if mesh[1:] == (1, 1) else distributed.with_mesh(World(world.rank, world.size, world.device), mesh, 60)
+        part = world if mesh[1:] == (1, 1) else distributed.with_mesh(world, mesh, 60)
+        attention.tiles.cache_clear()
         found = plan.measure(config(mesh, **options), shape(), part)
         if world.rank == 0:
             with open(f"{folder}/{name}.json", "w") as file:
@@ -84,7 +86,7 @@ def real_steps(folder: str, names: list[str], meshes: list[tuple], options: dict
     ],
 )
 def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, options, tmp_path, monkeypatch):
-    """What is kept, FLOPs and all that is sent on the very same meter, and the peaks within one part in fifty."""
+    """Bytes of every kind, FLOPs, and what is sent, on the very same meter; the peaks to its threshold."""
     monkeypatch.setenv("MINITRL_KERNELS", "reference")
     meshes = [tuple(n and (n if n == 1 else n * processes // 4) for n in LAYOUTS[name]) for name in names]
     run_processes(real_steps, processes, str(tmp_path), names, meshes, options)
@@ -94,7 +96,7 @@ def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, option
         for phase in real:
             ours, theirs = pretended[phase], real[phase]
             peaks = sum(ours.pop("peak").values()), sum(theirs.pop("peak").values())
-            assert peaks[0] == pytest.approx(peaks[1], rel=0.02), (name, phase)
+            assert peaks[0] == pytest.approx(peaks[1], rel=plan.NOTED - 1), (name, phase)
             assert ours == theirs, (name, phase)
 
 
@@ -133,8 +135,11 @@ def traffic(what: ModelConfig, mesh, micro_batches: int, checkpointing: bool = T
     return Counter({key: micro_batches * n for key, n in backward.items()}), update
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("mesh", [*LAYOUTS.values(), (2, 2, 2), (1, 8, 1), (64, 8, 1), (4, 16, 4), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "checkpointing"),
+    [*((mesh, True) for mesh in (*LAYOUTS.values(), (2, 2, 2), (64, 8, 1), (4, 16, 4), (1, 1, 1))), ((1, 2, 2), False)],
+    ids=str,
+)
 def test_what_is_sent_is_what_the_layout_has_to_send(mesh, checkpointing):
     """Nothing beside it: no gradient is gathered, no parameter twice. A step's metrics and norms are a few numbers."""
     found = pretend(mesh, gradient_checkpointing=checkpointing)
@@ -145,10 +150,16 @@ def test_what_is_sent_is_what_the_layout_has_to_send(mesh, checkpointing):
             assert abs(counted[key] - formula[key]) <= 512 + 24 * math.prod(mesh), (phase, key)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 64, 1), (1, 1, 4), (1, 16, 4)], ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype"),
+    [
+        *((mesh, "bfloat16") for mesh in ((8, 1, 1), (2, 4, 1), (1, 64, 1), (1, 1, 4), (1, 16, 4))),
+        *((mesh, "float32") for mesh in ((1, 1, 1), (1, 64, 1))),
+    ],
+    ids=str,
+)
 def test_what_stays_is_parameters_and_the_optimizers_state(mesh, dtype):
-    """Alone: 2 + 12 bytes a parameter, or 4 + 8; divided, a process has 4 + 8 of its part, at most a row of each more."""
+    """Alone: 2 + 12 bytes a parameter, in float32 4 + 8; divided by FSDP2, 4 + 8 of what a process holds of it."""
     kept = pretend(mesh, dtype=dtype, num_micro_batches=1)["update"]["kept"]
     mine = sum(math.prod(box.shape) for box in layout.boxes(shape(), layout.Place(0, mesh[1], 0, mesh[2])))
     master = mesh[1] > 1 or dtype == "float32"
@@ -196,7 +207,7 @@ def test_a_micro_batch_is_full():
     assert rollouts.num_tokens == 750 and rollouts.lengths_PG.tolist() == [[64, 64, 64, 26]] * 3
 
 
-# --- what follows ------------------------------------------------------------------------------------------------------
+# --- what follows ----------------------------------------------------------------------------------------------------
 
 
 def test_further_micro_batches_cost_what_the_second_does():

@@ -241,6 +241,7 @@ def rollouts(unscored: bool = False) -> Rollouts:
         lengths_PG=lengths,
         sampler_logprobs_R=torch.randn(total, generator=g),
         truncated_PG=lengths > 9,
+        versions_PG=torch.zeros_like(lengths),
         rewards_PGF=rewards[..., None],
         rewards_PG=rewards,
         advantages_PG=torch.zeros(6, 2),

@@ -1,5 +1,6 @@
 """Weights from one layout to another: each element once, to the bit, and only what each needs."""
 
+import os
 import random
 
 import pytest
@@ -130,3 +131,41 @@ def in_one_world(mesh, tensors, sharded):
 ])  # fmt: skip
 def test_from_the_trainers_shards_to_a_sampler_in_the_same_processes(size, mesh, tensors, sharded):
     run_processes(in_one_world, size, mesh, tensors, sharded)
+
+
+def faulty(mesh, fault):
+    """Rank 1 fails amid a transfer; the others say which rank they are, and where they stood."""
+    world = distributed.start("cpu", 20, mesh)
+    model = config(num_hidden_layers=4)
+    held = boxes(model, Place(world.rank, world.size))
+    source, target = cut(whole(model), held), cut(whole(model, 2), boxes(model))
+    route, exchange = transfer.within(world, model, 1), transfer.Link.exchange
+    if world.rank == 1 and fault == "a wrong shape":
+        source["layers.2.o_proj.weight"] = source["layers.2.o_proj.weight"][:, :-1]
+    rounds = []
+
+    def counted(link, pieces):
+        rounds.append(len(pieces))
+        if world.rank == 1 and len(rounds) == 3:
+            if fault == "killed":
+                os._exit(0)
+            elif fault == "a bit":
+                [data.view(torch.uint8)[5:6].bitwise_xor_(2) for _, ours, data in pieces if ours]
+        return exchange(link, pieces)
+
+    transfer.Link.exchange = counted
+    try:
+        route.carry(source, target, torch.float32, verify=True, bucket=2000)
+    except ConnectionError as error:
+        expected = "verifying the weights" if fault == "a bit" else "of the weights"
+        assert str(error).startswith(f"rank {world.rank} of 3, ") and (expected in str(error) or fault != "a bit"), error
+    except ValueError as error:
+        assert world.rank == 1 and "layers.2.o_proj.weight is [" in str(error)
+    else:
+        assert world.rank == 1 and fault == "a bit", "it sent what is wrong, and received what is right"
+    os._exit(0)
+
+
+@pytest.mark.parametrize("fault", ["killed", "a bit", "a wrong shape"])
+def test_a_fault_of_one_is_an_error_of_all(fault):
+    run_processes(faulty, 3, (1, 3, 1), fault)

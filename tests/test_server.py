@@ -443,4 +443,4 @@ def test_options_that_cannot_be(tiny, capsys):
         server.main(["--model", model, "--tensor-parallel-size", "2"])
     with pytest.raises(SystemExit):
         config.parse(server.Config, [])
-    assert "--model: required" in capsys.readouterr().err
+    assert "--model None: must be given with --dtype bfloat16 or" in capsys.readouterr().err

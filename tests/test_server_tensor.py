@@ -3,9 +3,12 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +18,16 @@ from miniature import CHARACTERS, apart
 from processes import run_processes
 from serving import ask
 
-from minitrl import checkpoint, distributed, lockstep, runs, transfer
+from minitrl import checkpoint, distributed, lockstep, rollout, runs, transfer
 from minitrl.distributed import ALONE
 from minitrl.kernels.token_logprob import SPLIT
+from minitrl.lockstep import aside
 from minitrl.model import Model, ModelConfig
+from minitrl.packing import pack_groups
 from minitrl.rollout import Engine
 from minitrl.rollout_client import RemoteEngine
-from minitrl.sampling import Sampling
-from minitrl.server import main
+from minitrl.sampling import Sampling, sample
+from minitrl.server import Config, main
 from minitrl.tokenizer import Tokenizer
 
 PROMPTS = [[2, 11, 3 + i % 5, 12] for i in range(6)]
@@ -76,7 +81,10 @@ def in_lockstep(folder, options):
     world, engine = sliced_engine(folder, 2, max_batch=4, page_size=4, prefill_tokens=9, max_pages=60)
     assert engine.tensor is world.tensor and engine.pool.shape[0] == 1, "one of two heads of keys and values"
     whole = Engine(*checkpoint.load(folder), max_batch=4, page_size=4, prefill_tokens=9, max_pages=60)
+    if world.rank == 1:  # what it draws itself does not count, or the two would part at a rounding
+        rollout.sample = lambda logits, *_: (torch.zeros(len(logits), dtype=torch.int64), torch.zeros(len(logits)))
     got = engine.generate(PROMPTS, seed=list(range(6)), **options)
+    rollout.sample = sample
     assert close(got, whole.generate(PROMPTS, seed=list(range(6)), **options))
     assert len({tuple(c.ids) for group in got for c in group}) > 10
     distributed.stop()
@@ -95,14 +103,15 @@ def led(folder):
         return distributed.stop()
     leader = lockstep.Leader(engine)
     sampling = Sampling(temperature=0.9)
-    asked = [leader.prepare(p, n=2, max_tokens=20, seed=i, sampling=sampling) for i, p in enumerate(PROMPTS)]
+    prompts = [PROMPTS[i % 4] * 3 for i in range(6)]  # the last two begin like others, with pages that are known
+    asked = [leader.prepare(p, n=2, max_tokens=20, seed=i, sampling=sampling) for i, p in enumerate(prompts)]
     for request in asked[:4]:
         leader.enqueue(request)
     for _ in range(3):
         leader.step()
     leader.abort(asked[1])
     leader.abort(asked[1])  # as whoever closes a job may
-    leader.weights_changed(5)
+    leader.weights_changed(5)  # and known no more
     lockstep.tell(leader, "more", 1, "x")
     for request in asked[4:]:
         leader.enqueue(request)
@@ -111,7 +120,7 @@ def led(folder):
     lockstep.tell(leader, "stop")
     whole = Engine(*checkpoint.load(folder))
     for i, request in enumerate(asked):
-        (expected,) = whole.generate([PROMPTS[i]], n=2, max_tokens=20, seed=i, temperature=0.9)
+        (expected,) = whole.generate([prompts[i]], n=2, max_tokens=20, seed=i, temperature=0.9)
         if i != 1:
             assert close([request.results], [expected])
     assert asked[1].results[0].finish_reason == "abort" and not leader.numbers
@@ -201,7 +210,7 @@ def test_one_bad_slice_keeps_all_the_old_ones(folder, receiver):
     """A bit flips on the way to one of the two: neither installs."""
     with served(folder) as server:
         model, tokenizer = changed(folder)
-        tensors, state = dict(model.named_parameters()), ask(server.url, "/weights")[1]
+        tensors, state = {name: p.detach() for name, p in model.named_parameters()}, ask(server.url, "/weights")[1]
         route = serving.meet(server.url, model.config, 3)
         thread, got = serving.announce(server.url, route, tensors, 7)
         streams = {rank: list(route._give(moves, tensors, torch.float32, transfer.BUCKET // 4, True))
@@ -218,6 +227,25 @@ def test_one_bad_slice_keeps_all_the_old_ones(folder, receiver):
         assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
         serving.send_weights(server.url, model.config, tensors, 8)
         assert mostly(answers(server.url), expected(model, tokenizer))
+
+
+def test_a_slice_that_does_not_come_keeps_nobody_waiting(folder):
+    """One of two gets all of its own, the other nothing: the server answers on, and then gives the update up."""
+    with served(folder, transfer_timeout=4) as server:
+        model, _ = changed(folder)
+        tensors, state = {name: p.detach() for name, p in model.named_parameters()}, ask(server.url, "/weights")[1]
+        route = serving.meet(server.url, model.config, 3)
+        thread, got = serving.announce(server.url, route, tensors, 7)
+        for piece in route._give(route.sends[1], tensors, torch.float32, transfer.BUCKET // 4, True):
+            if piece is not None:
+                route.link.finish(route.link.exchange([(1, True, piece)]), "sending")
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
+        assert time.monotonic() - began < 2.5 and not got
+        thread.join()
+        assert got[0][0] == 409 and ask(server.url, "/weights")[1]["digest"] == state["digest"]
+        assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
 
 
 @pytest.mark.parametrize("victim, busy", [(1, False), (1, True), (0, True)])
@@ -289,11 +317,16 @@ def test_what_cannot_be_cut_is_refused_by_name(folder, size, options, message):
     assert ended.codes == [1] * size and ended.err.count(f"error: {message}") == size
 
 
+def test_a_timeout_has_to_outlast_the_heartbeat():
+    with pytest.raises(ValueError, match="--transfer_timeout 5: must be at least 15 with --tensor_parallel_size"):
+        Config(model="any", tensor_parallel_size=2, transfer_timeout=5)
+
+
 def refused(rank, argv):
     runs.command(functools.partial(main, argv))
 
 
-def trained(folder, url, mesh):
+def trained(folder, url, mesh, dtype):
     """Two trainers, each with a part of the policy, and a server of two slices: neither ever has the whole."""
     world = distributed.start("cpu", 60, mesh)
     model, tokenizer = checkpoint.load(folder, world=world)
@@ -306,15 +339,84 @@ def trained(folder, url, mesh):
         mine = PROMPTS[3 * world.rank : 3 * world.rank + 3]
         seeds = list(range(3 * world.rank, 3 * world.rank + 3))
         samples = remote.generate(mine, seed=seeds, **OPTIONS)
-        assert close(samples, Engine(whole, tokenizer).generate(mine, seed=seeds, **OPTIONS))
+        if dtype == torch.float32:
+            assert close(samples, Engine(whole, tokenizer).generate(mine, seed=seeds, **OPTIONS))
+        else:  # which rounds
+            pack = pack_groups(mine, [[c.ids for c in group] for group in samples], "cpu")
+            ours = whole.logprobs(pack, pack.completion_T, 0.9)[0][pack.completion_T]
+            theirs = torch.tensor([x for group in samples for c in group for x in c.logprobs])
+            assert 1e-5 < (ours - theirs).abs().mean() < 0.1
         distributed.barrier(world)
     distributed.stop()
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2)])
-def test_two_trainers_and_two_slices(folder, mesh):
-    with served(folder) as server:
-        run_processes(trained, 2, folder, server.url, mesh)
-        assert ask(server.url, "/weights")[1]["version"] == 2
+@pytest.mark.parametrize("mesh, dtype", [((1, 2, 1), "float32"), ((1, 2, 1), "bfloat16"), ((1, 1, 2), "float32")])
+def test_two_trainers_and_two_slices(folder, mesh, dtype):
+    """FSDP2's masters are in float32, whatever the server has."""
+    with served(folder, dtype=dtype) as server:
+        run_processes(trained, 2, folder, server.url, mesh, getattr(torch, dtype))
+        assert ask(server.url, "/weights")[1]["version"] % 2**20 == 2  # above it, the run
 
 
+
+
+def slow():
+    """In a server's process: every step of the engine takes longer."""
+    step = Engine.step
+    Engine.step = lambda self: time.sleep(0.03) or step(self)
+
+
+def through_a_loss(folder, url):
+    world = distributed.start("cpu", 60, (1, 2, 1))
+    model, tokenizer = checkpoint.load(folder, world=world)
+    whole, _ = changed(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            distributed.local(p).mul_(1.1)
+    remote = RemoteEngine([url], model, tokenizer, world, timeout_s=100)
+    mine, options = [PROMPTS[world.rank]], OPTIONS | {"max_tokens": 80}
+    samples = remote.generate(mine, seed=7, **options)
+    assert close(samples, Engine(whole, tokenizer).generate(mine, seed=7, **options))
+    distributed.barrier(world)
+    distributed.stop()
+
+
+def test_the_only_server_is_killed_and_comes_back(folder):
+    """Amid generation: both trainers send their parts to the new one, wherever they are, and nothing is lost."""
+    with served(folder, world=1, hook=slow) as server:
+        ended = aside(run_processes, through_a_loss, 2, folder, server.url)
+        deadline = time.monotonic() + 60
+        while ask(server.url, "/weights")[1]["version"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert not ended.done()
+        server.kill()
+        server.start()  # with the weights on its disk
+        assert ended.result(120) is None
+        assert ask(server.url, "/weights")[1]["version"] % 2**20 == 1
+
+
+@pytest.mark.slow
+def test_under_torchrun(folder):
+    """The README's command; SIGTERM to the launcher ends all of it, and nobody stays behind."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minitrl.server",
+            "--model", str(folder), "--dtype", "float32", "--port", "0", "--tensor-parallel-size", "2"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True) as process:
+        try:
+            url = next(line.split()[-1] for line in process.stdout if line.startswith("serving"))
+            assert mostly(answers(url), expected(*checkpoint.load(folder)))
+            members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(path) == process.pid]
+            assert len(members) == 2
+            process.terminate()
+            process.wait(60)
+            assert not [pid for pid in members if Path(f"/proc/{pid}").exists()]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def parent_of(path) -> int:
+    with suppress(OSError):
+        return int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
