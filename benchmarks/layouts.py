@@ -1,10 +1,11 @@
 """Which layout for which model on how many GPUs, by minitrl.plan: `python -m benchmarks.layouts [MODEL ...]`.
 
-For each model and number of GPUs the fastest of all layouts that fit is looked for: by what 2 and 4 of its layers ask
-for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json, model by model.
+For each model and number of GPUs the fastest of some layouts that fit is looked for: by what 4 and 6 of its layers ask
+for, and then by a plan of the whole model. Writes benchmarks/results/layouts.json row by row; rows that are there
+already stay, so that it can be stopped and called again.
 
-`torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs the same step on N real processes and on N
-pretended ones, on a model of 30 million parameters, and writes both into benchmarks/results/plan_check.json.
+`torchrun --nproc_per_node N -m benchmarks.layouts check [--shard N ...]` runs one step on N real processes and on N
+pretended ones, of a model of 32 million parameters, and writes both into benchmarks/results/plan_check.json.
 """
 
 import json
@@ -45,8 +46,8 @@ SHAPES = {
     "Llama-3.1-405B": ("llama", 126, 16384, 53248, 128, 8, 128, 128256, False),
 }
 MODELS = (
-    "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-4B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B",
-    "Qwen2.5-72B", "Llama-3.1-405B",
+    "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen3-4B", "Llama-3.1-8B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B",
+    "Llama-3.1-405B",
 )  # fmt: skip
 
 
@@ -61,66 +62,63 @@ def description(name: str) -> dict:
 
 
 def candidates(name: str, gpus: int):
-    """Configs worth a look: every mesh of powers of two whose state has room, without and with offload."""
-    shape, memory = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory * (1 - plan.HEADROOM)
+    """Configs worth a look: divided over nothing, a machine, or all; whole matrices or as many slices as there can be.
+
+    Each a sampler that takes a quarter of a GPU at most; smaller micro-batches and offload where all is divided.
+    """
+    shape, memory = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory
     parameters = sum(math.prod(box.shape) for box in layout.boxes(shape))
     nodes, each = math.ceil(gpus / 8), min(gpus, 8)
     slices = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0 and n <= each]
     thrifty = next((n for n in slices if 2 * parameters / n < memory / 4), slices[-1])
-    for tensor in slices:
-        for shard in (2**i for i in range(10)):
-            sampler = 0 if shard == 1 and thrifty == tensor else 2 * parameters / thrifty
-            state = (18 if shard == 1 else 16) * parameters / shard / tensor
-            if gpus % (shard * tensor) or not 8 * parameters / gpus < memory:
-                continue
-            for offload in (False, True) if shard == gpus // tensor else (False,):
-                if (0 if offload else state) + sampler < memory:
+    for tensor in sorted({1, slices[-1]}):
+        for shard in sorted({1, each // tensor, min(gpus, 64) // tensor, gpus // tensor}):
+            for offload, tokens in ((False, 8192), (False, 4096), (True, 8192)):
+                state = 0 if offload else (18 if shard == 1 else 16) * parameters / shard / tensor
+                sampler = 0 if shard == 1 and thrifty == tensor else 2 * parameters / thrifty
+                last = shard == gpus // tensor
+                if state + sampler < memory and (last or tokens == 8192) and not (offload and shard == 1):
                     yield plan.Config(
                         model=name, nodes=nodes, gpus_per_node=each, shard=shard, tensor=tensor, cpu_offload=offload,
-                        rollout_tensor=thrifty, tokens_per_microbatch=16384, max_completion_length=1024,
+                        rollout_tensor=thrifty, tokens_per_microbatch=tokens, max_completion_length=1024,
                     )  # fmt: skip
 
 
 def sketch(config: plan.Config, shape: ModelConfig) -> tuple[float, float]:
-    """(peak bytes, seconds of a step) from 2 and 4 layers."""
-    few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (2, 4)]
+    """(peak bytes, a GPU's seconds for a token) from 4 and 6 layers: with fewer, FSDP2 does not yet gather ahead."""
+    few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (4, 6)]
     found = [plan.plan(replace(config, num_micro_batches=1), some) for some in few]
-    rest = shape.num_hidden_layers - 4
-    pairs = [(x["memory"]["peak"], x["seconds"]["H100"]["step"]) for x in found]
-    return tuple(four + rest * (four - two) / 2 for two, four in zip(*pairs))
+    share = config.tensor / config.tokens_per_microbatch
+    pairs = [(x["memory"]["peak"], x["seconds"]["H100"]["step"] * share) for x in found]
+    return tuple(six + (shape.num_hidden_layers - 6) * (six - four) / 2 for four, six in zip(*pairs))
 
 
 def best(name: str, gpus: int) -> dict | None:
-    """The plan of the fastest layout that fits, offloaded only where nothing else does; None where nothing does."""
+    """The plan of the fastest layout that fits, with smaller micro-batches or offload where nothing else does."""
     shape, room = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory * (1 - plan.HEADROOM)
-    sketched = []
-    for config in candidates(name, gpus):
-        try:
-            peak, seconds = sketch(config, shape)
-        except ValueError:  # the model can't be cut so
-            continue
-        if peak <= room:
-            sketched.append((config.cpu_offload, seconds, config))
-    for _, _, config in sorted(sketched, key=lambda row: row[:2]):
-        if (found := plan.plan(config, shape))["fits"]:
-            return found
+    every = list(candidates(name, gpus))
+    for offload, tokens in ((False, 8192), (False, 4096), (True, 8192)):
+        some = [x for x in every if (x.cpu_offload, x.tokens_per_microbatch) == (offload, tokens)]
+        sketched = [(*sketch(config, shape), config) for config in some]
+        for peak, _, config in sorted(sketched, key=lambda row: row[1]):
+            if peak <= room and (found := plan.plan(config, shape))["fits"]:
+                return found
     return None
 
 
 def main(models: list[str]) -> None:
     path = RESULTS / "layouts.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    for name in models or MODELS:
-        rows = [row for row in rows if row["model"] != name]
-        for gpus in GPUS:
-            began = time.process_time()
-            found = best(name, gpus)
-            if found:
-                rows.append(found | {"gpus": gpus})
-            print(f"{name} on {gpus}: {time.process_time() - began:.0f} s of CPU", found and found["options"], flush=True)
+    done = {(row["model"], row["gpus"]) for row in rows}
+    for name, gpus in ((name, gpus) for name in models or MODELS for gpus in GPUS):
+        began = time.process_time()
+        if (name, gpus) in done or not (found := best(name, gpus)):
+            continue
+        rows.append(found | {"gpus": gpus})
         rows.sort(key=lambda row: (row["parameters"], row["model"], row["gpus"]))
         body = {"command": "python -m benchmarks.layouts", "torch": torch.__version__, "rows": rows}
         path.write_text(json.dumps(body, indent=1) + "\n")
+        print(f"{name} on {gpus}: {time.process_time() - began:.0f} s of CPU", found["options"], flush=True)
 
 
 def check(argv: list[str]) -> None:
@@ -129,7 +127,7 @@ def check(argv: list[str]) -> None:
     small = ("llama", 8, 512, 1408, 8, 4, 64, 8192, False)
     SHAPES["small"] = small
     shape = ModelConfig.from_hf(description("small"))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     options = ["--model", "small", "--gpus_per_node", str(size), "--tokens_per_microbatch", "2048"]
     config = parse(plan.Config, options + ["--max_prompt_length", "256", "--max_completion_length", "256"] + argv)
 

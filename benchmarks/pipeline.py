@@ -4,10 +4,10 @@
     python -m benchmarks.pipeline real --data OUT          SmolLM2-135M-Instruct on sums; OUT: benchmarks.real, then
                                                            benchmarks.preferences
 
-Each stage is one run of a script, from what the stages before it left. The reward model learns from pairs of a right
-answer and a wrong one of the same form, and is all that PPO and GRPO are rewarded by: they never see an answer. Whether
-answers get better is what the held-out questions say, whose answers are compared; and what the same number of steps
-does with rewards drawn at random. Writes benchmarks/results/pipeline_NAME.json.
+Each stage is one run of a script, from what the stages before it left; PPO and GRPO with each of the seeds. The reward
+model learns from pairs of a right answer and a wrong one of the same form, and is all that PPO and GRPO are rewarded
+by: they never see an answer. Whether answers get better is what the held-out questions say, whose answers are compared;
+and what the same number of steps does with rewards drawn at random. Writes benchmarks/results/pipeline_NAME.json.
 
 A reward model that has seen nothing but answers of one form can be pleased by anything of another form (longer and
 longer ones, on the embedded task). So half of the embedded pairs' wrong answers are the fine-tuned model's own.
@@ -37,8 +37,8 @@ TOY = "--dtype float32 --no_gradient_checkpointing --logging_steps 100"
 TOY_RL = "--reward_arm --eval_reward exact --prompts_per_step 256 --rollout_batch_size 256 --max_prompt_length 16"
 TOY_RL += " --max_completion_length 8 --learning_rate 1e-3"
 PPO = "--value_model reward/final --kl_coef 0.1 --missing_eos_penalty 3"
-SUMS = "--dataset {data}/chain_sum_train.jsonl --eval_dataset {data}/chain_sum_test.jsonl --reward_arm --eval_reward number"
-SUMS += " --max_steps 40 --eval_steps 20 --prompts_per_step 8 --num_generations 8 --max_completion_length 16"
+SUMS = "--dataset {data}/chain_sum_train.jsonl --eval_dataset {data}/chain_sum_test.jsonl"
+SUMS += " --reward_arm --eval_reward number --max_steps 40 --eval_steps 20 --prompts_per_step 8 --num_generations 8 --max_completion_length 16"
 SUMS += " --learning_rate 1e-5"
 PAIRS = "--dataset {data}/chain_sum_pairs_train.jsonl --eval_dataset {data}/chain_sum_pairs_test.jsonl --max_length 64"
 PAIRS += " --examples_per_step 16 --tokens_per_microbatch 1024"
@@ -88,8 +88,9 @@ def _write(path: Path, rows: list[dict]) -> None:
 def run(stage: str, command: str, folder: Path, seed: int, data: str, reward: str = "reward/final") -> dict:
     """One stage: seconds, the held-out metrics before and after, and how the reward rose, with its standard error."""
     arm = stage if reward != "random" else f"{stage}, random reward"
+    place = f"{arm.replace(', ', '_').replace(' ', '_')}_{seed}" if "--reward_arm" in command else stage
     command = command.replace("--reward_arm", f"--reward {reward}").replace("{data}", data)
-    words = f"python -m minitrl.{command} --seed {seed} --output_dir {arm.replace(', ', '_').replace(' ', '_')}".split()
+    words = f"python -m minitrl.{command} --seed {seed} --output_dir {place}".split()
     began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
@@ -123,19 +124,19 @@ def main() -> None:
     stages = EMBEDDED if options.name == "embedded" else REAL
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     value = {"command": f"python -m benchmarks.pipeline {options.name}", "machine": machine, "rows": rows}
-    for number, seed in enumerate(options.seeds):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if options.name == "embedded":
-                write_toy(folder, seed)
-            for stage, command in stages.items():
-                rows.append(run(stage, command, folder, seed, data))
-                if options.name == "embedded" and stage == "sft":
-                    write_toy_pairs(folder, seed)
-                if "--reward_arm" in command and (options.name == "embedded" or stage == "grpo"):
-                    rows.append(run(stage, command, folder, seed, data, "random"))
-                RESULTS.mkdir(exist_ok=True)
-                (RESULTS / f"pipeline_{options.name}.json").write_text(json.dumps(value, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder, first = Path(name), options.seeds[0]
+        if options.name == "embedded":
+            write_toy(folder, first)
+        cases = [(stage, first, "reward/final") for stage, command in stages.items() if "--reward_arm" not in command]
+        for seed in options.seeds:
+            arms = [stage for stage, command in stages.items() if "--reward_arm" in command]
+            cases += [(stage, seed, "reward/final") for stage in arms] + [(arms[-1], seed, "random")]
+        for stage, seed, reward in cases:
+            rows.append(run(stage, stages[stage], folder, seed, data, reward))
+            if options.name == "embedded" and stage == "sft":
+                write_toy_pairs(folder, first)
+            (RESULTS / f"pipeline_{options.name}.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -195,6 +195,34 @@ def defaults() -> str:
     return markdown(["option", "minitrl", "TRL 1.16", "TRL 0.16.0"], rows)
 
 
+def layouts() -> str:
+    """The layout for each model and number of H100s, as minitrl.plan has it."""
+    rows = []
+    for row in result("layouts")["rows"]:
+        options, memory, took = row["options"], row["memory"], row["seconds"]["H100"]
+        mesh = " ".join(f"--{name} {options[name]}" for name in ("replicate", "shard", "tensor") if options[name] > 1)
+        mesh += " --cpu_offload" * options["cpu_offload"]
+        tokens = options["tokens_per_microbatch"] * options["num_micro_batches"] / options["tensor"]
+        rate = f"{tokens / took['step']:,.0f}"
+        sampler = f"--rollout_tensor {options['rollout_tensor']}"
+        cells = [f"{memory['peak'] / 2**30:.1f} GiB", f"{options['tokens_per_microbatch']:,}", rate]
+        rows.append([row["model"], row["gpus"], f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
+    head = ["model", "GPUs", "trainer", "sampler", "peak of a GPU", "tokens a micro-batch", "tokens/s of a GPU"]
+    return markdown(head, rows) + f"\n\n`{result('layouts')['command']}`"
+
+
+def plan_check() -> str:
+    """A real step beside a pretended one."""
+    rows = []
+    for row in result("plan_check")["rows"]:
+        mesh = " x ".join(map(str, row["mesh"]))
+        sides, units = (row["real"], row["pretended"]), {"peak": 2**20, "sent": 2**20, "flops": 1e9}
+        cells = [" / ".join(f"{side[key] / unit:,.1f}" for side in sides) for key, unit in units.items()]
+        rows.append([row["processes"], mesh, *cells, f"{row['rss_grown'] / 2**20:,.0f}"])
+    head = ["processes", "replicate x shard x tensor", "peak, MiB: real / pretended", "sent, MiB", "GFLOP", "RSS, MiB"]
+    return markdown(head, rows) + f"\n\n`{result('plan_check')['command']}`"
+
+
 def first_sentence(path: str) -> str:
     text = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
     return " ".join(text.split("\n\n")[0].split())
@@ -280,6 +308,8 @@ TABLES = {
     "defaults": defaults,
     "tests": tests,
     "family": family,
+    "layouts": layouts,
+    "plan_check": plan_check,
     "packing": packing,
     "server_load": server_load,
     "options_sft": lambda: options(sft, CommonOptions),

@@ -12,8 +12,9 @@ loopback. Both ways move the same values and take turns, one transfer each.
               samplers, each of which keeps its slice; a barrier. (trl/extras/vllm_client.py and vllm_serve.py at v0.16.0
               without their HTTP request for each parameter, and cast to bfloat16 before it is gathered: both in its favour)
 
-Writes benchmarks/results/transfer.json: medians over the rounds and the rounds themselves, the bytes that each process
-sent and received, what it holds, and how much its memory grew during a transfer. Ends with an error unless the samplers'
+Writes benchmarks/results/transfer.json: medians over the rounds and the rounds themselves, the processor's time of all
+four (which depends less on what else the machine does), the bytes that each sent and received, what it holds, and how
+much its memory grew during a transfer. Ends with an error unless the samplers'
 slices are, to the bit, the gathered tensors' in both ways, and each sampler received just its slice and two digests.
 """
 
@@ -136,7 +137,7 @@ class Process:
     def run(self, rounds: int) -> dict:
         """Seconds of each way's rounds, and what this process sent, received, holds and took more memory for."""
         self.count()
-        found = {way: {"seconds": []} for way in ("ours", "theirs")}
+        found = {way: {"seconds": [], "cpu_seconds": []} for way in ("ours", "theirs")}
         kept = {}
         for number in range(rounds + 1):
             for way, transfer_ in (("ours", self.way_of_ours), ("theirs", self.way_of_theirs)):
@@ -146,11 +147,12 @@ class Process:
                 self.sent = self.received = 0
                 before = memory(reset=True)
                 self.all.agree("beginning")
-                began = time.perf_counter()
+                began, worked = time.perf_counter(), time.process_time()
                 transfer_()
                 self.all.agree("ending")
                 if number:  # the first round meets new connections and new memory
                     found[way]["seconds"].append(time.perf_counter() - began)
+                    found[way]["cpu_seconds"].append(time.process_time() - worked)
                 grown = max(memory() - before, found[way].get("memory_growth", 0))  # what is freed is kept for the next
                 found[way] |= {"sent": self.sent, "received": self.received, "memory_growth": grown}
                 if self.rank >= TRAINERS and not number:
@@ -180,6 +182,7 @@ def main() -> None:
     processes.join()
     seconds = {way: [round(x, 4) for x in ranks[0][way]["seconds"]] for way in ("ours", "theirs")}
     medians = {way: statistics.median(found) for way, found in seconds.items()}
+    cpu = {way: round(sum(statistics.median(found[way]["cpu_seconds"]) for found in ranks), 4) for way in seconds}
     ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"]))
     config = ModelConfig.from_hf(CONFIG)
     size = sum(box.shape[0] * box.shape[1] for box in boxes(config))
@@ -193,6 +196,7 @@ def main() -> None:
         "command": f"python -m benchmarks.transfer --rounds {options.rounds}", "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(), "torch": torch.__version__, "parameters": size, "bytes": 2 * size, "seconds": seconds,
         "median": medians, "theirs / ours": round(ratio, 2),
+        "cpu_seconds": cpu, "load_average": os.getloadavg()[0],
         "ranks": [{"holds": found["holds"], **{way: {name: found[way][name] for name in ("sent", "received", "memory_growth")}
                    for way in ("ours", "theirs")}} for found in ranks],
     }  # fmt: skip
@@ -202,6 +206,7 @@ def main() -> None:
     for way, median in medians.items():
         print(f"{way:7s} {median:.3f} s   received by rank {[found[way]['received'] for found in ranks]}   "
               f"memory grew by {[found[way]['memory_growth'] >> 20 for found in ranks]} MiB")
+    print(f"processor: ours {cpu['ours']:.2f} s, theirs {cpu['theirs']:.2f} s")
     print(f"theirs / ours {ratio:.2f}, exact to the bit; a sampler's slice is {[2 * part for part in slices]} bytes")
 
 

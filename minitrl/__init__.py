@@ -3,7 +3,7 @@
 Reading order, each file whole and from the top:
 
  1. grpo.py          the algorithm: sample groups of completions, score them, push up what beat its group
- 2. experience.py    generate, score, advantages: what an algorithm learns from
+ 2. experience.py    generate, score, advantages: what an algorithm learns from; ahead.py: what is sampled when
  3. losses.py        the objectives as formulas on packed tensors; kernels/grpo_loss.py holds GRPO's own
  4. packing.py       sequences on one axis without padding; a prompt stands once before its completions
  5. model.py         one decoder for Llama, Mistral, Qwen2 and Qwen3

@@ -1,26 +1,26 @@
 """Which prompts are sampled when; and how that goes on while the policy is trained: --max_staleness S.
 
-    step     t                          t + 1                          t + 2
-    here     train on generation t      train on generation t + 1      ...          then send the weights, and go on
+    step     t                          t + 1
+    here     train on generation t      train on generation t + 1     ...     send the weights after each
     servers  sample generation t + 1 ......| sample generation t + 2 ......|
 
-A generation (prompts_per_step prompts) may be asked for S steps before it is trained on, and so up to S steps' worth of
-them are on their way. Each request names the oldest step whose weights it may begin with: a server that has older ones
-refuses, and what comes from older ones nevertheless is dropped, counted, and asked for again. New weights are put in
-place between two tokens; what a server is at work on goes on with them.
+A generation is asked for up to S steps before it is trained on. Each request names the oldest step whose weights it may
+begin with: a server that has older ones refuses, and what comes from older ones nevertheless is dropped, counted, and
+asked for again. New weights are put in place between two tokens; what a server is at work on goes on with them.
 
-A place in the data is asked for once and taken once, in order, whatever happens to a server. A checkpoint knows the
-next place to be trained on; what was on its way then is asked for again after a resume, and sampled from the weights of
-that step. So weights, optimizer, data order and seeds go on to the bit; completions that were on their way may differ,
-as they may between two runs, since it is the clock that decides amid which of them the weights change.
+A place in the data is taken once, in order, whatever happens to a server. A checkpoint knows the next one; what was on
+its way then is asked for again after a resume, and sampled from the weights of that step. So weights, optimizer, data
+order and seeds go on to the bit. Completions that were on their way may differ, as they may between two runs: it is the
+clock that says amid which of them the weights change.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
 from . import data, experience
-from .distributed import sum_
+from .training import total
 
 
 def asked(rows, cursor: int, config: experience.RolloutOptions) -> tuple[list, list[int], dict]:
@@ -58,22 +58,19 @@ def generate(
     )
 
 
-class Ahead:
-    """The generations that are on their way. With max_staleness 0 there are none, and nothing is done here.
+class Ahead(AbstractContextManager):
+    """The generations that are on their way; with --max_staleness 0 there are none, and nothing is done here.
 
     A context manager: leaving it ends what is still being sampled. All ranks call all of it at the same places.
     """
 
-    def __init__(self, engine, rows: list[dict], config: experience.RolloutOptions, run):
+    def __init__(self, engine, rows: list[dict], config, run):
         self.engine, self.rows, self.config, self.run = engine, rows, config, run
-        self.asked = {}  # place of the first prompt -> (what RemoteEngine.ask gave, the oldest step that it may be of)
-
-    def __enter__(self) -> "Ahead":
-        return self
+        self.asked = {}  # place of the first prompt -> completions to come
 
     def __exit__(self, *_) -> None:
         if self.config.max_staleness:
-            self.engine.close([given for given, _ in self.asked.values()])
+            self.engine.close(list(self.asked.values()))
 
     def still(self):
         """Inside, no weights are being sent."""
@@ -85,37 +82,30 @@ class Ahead:
 
     def ask(self, cursor: int, step: int) -> None:
         """Have sampled what may be by now, when `step` steps are done and the next place in the data is `cursor`."""
-        config, each = self.config, self.config.num_iterations
-        if not config.max_staleness:
-            return
-        if not self.engine.known:  # the first time
+        config, each, bound = self.config, self.config.num_iterations, self.config.max_staleness
+        if bound and not self.engine.known:  # the first time
             with self.updating(step):
                 pass
-        last = min(step + config.max_staleness, self.run.total_steps - 1)
-        for use in range(-(-step // each) * each, last + 1, each):  # the step that is the first to train on it
+        last = min(step + bound, self.run.total_steps - 1)
+        for use in range(-(-step // each) * each, last + 1, each) if bound else ():  # the step to train on it first
             if cursor not in self.asked:
-                least = max(0, use - config.max_staleness)
                 rows, seeds, sampling = asked(self.rows, cursor, config)
                 part = experience.share(len(rows), self.run.world, self.engine)
-                prompts = [row["prompt_ids"] for row in rows[part]]
                 options = {"n": config.num_generations, "seed": seeds[part], **sampling}
-                self.asked[cursor] = self.engine.ask(least, prompts, **options), least
+                prompts = [row["prompt_ids"] for row in rows[part]]
+                self.asked[cursor] = self.engine.ask(max(0, use - bound), prompts, **options)
             cursor += config.prompts_per_step
-        self.engine.forget(min([least for _, least in self.asked.values()], default=0))
 
     def take(self, cursor: int, step: int):
-        """A function that waits for this process's completions of the generation at `cursor`; None: to be sampled now.
+        """A function that waits for this process's completions of the generation at `cursor`; None: sample them now.
 
         It is called within `distributed.together`, so that an error on one rank is one on all.
         """
-        if not self.config.max_staleness:
-            return None
         self.ask(cursor, step)
-        return lambda: self._wait(cursor, step)
+        return partial(self._wait, cursor, step) if self.config.max_staleness else None
 
     def _wait(self, cursor: int, step: int) -> list:
-        (future, _), _ = self.asked[cursor]
-        groups = future.result()
+        groups = self.asked[cursor].result()
         del self.asked[cursor]
         oldest = min((completion.versions[0][0] for group in groups for completion in group), default=step)
         assert step - oldest <= self.config.max_staleness, f"a sample of step {oldest} at step {step}"
@@ -126,8 +116,6 @@ class Ahead:
         if not self.config.max_staleness:
             return {}
         ages_PG = (step - rollouts.versions_PG).double()
-        dropped = torch.tensor([float(self.engine.too_old)], device=self.run.world.device)
-        self.engine.too_old = 0
-        sum_([dropped], self.run.world)
-        ages = {"mean": ages_PG.mean().item(), "max": ages_PG.max().item()}
-        return {f"sampling/staleness/{name}": age for name, age in ages.items()} | {"sampling/too_old": dropped.item()}
+        dropped, self.engine.too_old = self.engine.too_old, 0
+        ages = {"sampling/staleness/mean": ages_PG.mean().item(), "sampling/staleness/max": ages_PG.max().item()}
+        return ages | total({"sampling/too_old": float(dropped)}, self.run.world)

@@ -18,6 +18,9 @@ import ctypes
 import json
 import math
 import os
+import secrets
+import signal
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,6 +33,7 @@ from torch import Tensor
 # PyTorch 2.13 has new names for these two, and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+PR_SET_PDEATHSIG = 1  # prctl.h's number
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
@@ -37,8 +41,7 @@ _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all, or among those of one of the mesh's dimensions: rank 0 .. size-1, and the device
-    that its tensors live on."""
+    """This process's place among all, or among those of a dimension of the mesh: rank 0 .. size-1, and its device."""
 
     rank: int
     size: int
@@ -92,6 +95,7 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
         torch.cuda.set_device(world.device)
     else:
         _keep_memory()
+    _die_with_launcher()
     if size == 1:
         return world
     _share_cores(place["LOCAL_WORLD_SIZE"])
@@ -101,6 +105,7 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
         try:
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
+                store=_fresh_store(rank, size, timeout_s),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
@@ -114,6 +119,28 @@ def start(device: str = "auto", timeout_s: float = 1800, mesh=(None, None, 1)) -
                 "machine?); give torchrun --standalone, or another --master_port"
             ) from None
     return with_mesh(world, mesh, timeout_s) if mesh[1:] != (1, 1) else world
+
+
+def _fresh_store(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """Where the processes leave their addresses for each other: a part of torchrun's store that no earlier start used.
+
+    torchrun keeps one store over its restarts, and who comes first would find the addresses of the dead. So all come to
+    where rank 0 says, and go on once it names them: each by a word that is new with each start.
+    """
+    store = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
+    mine, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
+    if rank == 0:
+        store.set("meeting", mine)
+        everyone = [store.get(f"{mine}/{other}").decode() for other in range(1, size)]
+        store.set(f"{mine}/all", json.dumps(everyone))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < deadline:
+        lead = store.get("meeting").decode()
+        store.set(f"{lead}/{rank}", mine)
+        if store.check([f"{lead}/all"]) and mine in json.loads(store.get(f"{lead}/all")):
+            return dist.PrefixStore(lead, store)
+        time.sleep(0.05)
+    raise dist.DistStoreError("rank 0 did not come, or not all of the others did")
 
 
 def mesh_sizes(size: int, replicate: int | None, shard: int | None, tensor: int) -> tuple[int, int, int]:
@@ -173,7 +200,8 @@ def divide(model, world: World, dtype: torch.dtype, cpu_offload: bool = False) -
     if cpu_offload:
         kept = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if dtype.itemsize < 4:
-        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # A pack's weights and temperatures stay what they are: activations have the dtype of what makes them.
+        rounded = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": rounded, "offload_policy": kept}
     for block in model.layers:
         fully_shard(block, **options)
@@ -449,6 +477,16 @@ def _share_cores(local_size: int) -> None:
         affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that we may use; elsewhere: all
         cores = len(affinity(0)) if affinity else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_size))
+
+
+def _die_with_launcher() -> None:
+    """Where torchrun started us, have the system kill us when torchrun is killed.
+
+    Its workers would go on without it, holding GPUs and the output folder, while the other machines start anew.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep_memory() -> None:

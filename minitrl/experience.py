@@ -17,6 +17,7 @@ from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
 from .rollout import context_length
 from .sampling import Sampling
+from .state import read
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 PATIENCE = 5  # generations in a row without anything to learn from, before that is worth a warning
@@ -481,8 +482,7 @@ def resume(run, total: int, given: dict, models: list, optimizer, **more):
         optimizer.load_state_tensors(tensors["optimizer"])
         for name, named in more.items():
             for key, tensor in named.items():
-                saved = tensors[name][key]
-                tensor.copy_(saved if isinstance(saved, Tensor) else saved())  # state.Unread
+                tensor.copy_(read(tensors[name][key]))
     run.begin(" ".join(training.fingerprint(model, run.config, run.world) for model in models))
     rollouts = Rollouts(**tensors["rollouts"]) if "rollouts" in tensors else None
     return step, state["cursor"], rollouts, tensors.get("known", {})

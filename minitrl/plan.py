@@ -6,10 +6,9 @@ One process stands for rank 0 of nodes x gpus_per_node. Its collectives go to a 
 its tensors have shapes but no numbers; all else is what GPUs would run: model, mesh, loss, optimizer, and the kernels
 by the shapes that they register. A meter watches every operation:
 
-    memory      the storages that are alive, and of what kind they are when there is most of them
-    traffic     what this process sends, by the mesh's dimension: of what w processes gather or scatter, (w - 1) / w,
-                of what they sum twice that, as in a ring
-    FLOPs       of matrix products and attention, 2 for a multiplication and its addition
+    memory    the storages that are alive, and of what kind they are when there is most of them
+    traffic   what this process sends: (w - 1) / w of what w processes gather or scatter, twice that of what they sum
+    FLOPs     of matrix products and attention, 2 for a multiplication and its addition
 
 Seconds are not measured: they follow from these and from the rates in GPUS. Memory is what PyTorch asks for; gaps in
 the allocator's blocks, NCCL's buffers and CUDA's own come on top: HEADROOM is for them. MINITRL_KERNELS=reference
@@ -27,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import checkpoint, distributed, grpo, layout, runs, training
-from .config import parse
+from .config import parse, require
 from .distributed import World, local
 from .experience import Rollouts
 from .kernels import targets
@@ -54,8 +53,7 @@ MATMUL, LINK = 0.5, 0.8  # the share of the rates below that is taken to be reac
 HOST = 25e9  # bytes per second that a process moves to, from and within the machine's own memory
 
 
-@dataclass(frozen=True)
-class GPU:
+class GPU(NamedTuple):
     """Dense bfloat16 FLOP/s; bytes of memory; bytes per second to it, and each way to the node and to other nodes."""
 
     flops: float
@@ -66,10 +64,8 @@ class GPU:
 
 
 STATE, SAMPLER = ("parameters", "gradients", "optimizer"), "sampler's weights"
-OPTIONS = (
-    "nodes gpus_per_node gpu replicate shard tensor tokens_per_microbatch num_micro_batches max_prompt_length "
-    "max_completion_length dtype gradient_checkpointing cpu_offload rollout_tensor"
-).split()
+OPTIONS = "nodes gpus_per_node gpu replicate shard tensor tokens_per_microbatch num_micro_batches max_prompt_length "
+OPTIONS += "max_completion_length dtype gradient_checkpointing cpu_offload rollout_tensor"
 GPUS = {
     "A100": GPU(312e12, 79 * GIB, 2.0e12, 300e9, 25e9),
     "H100": GPU(989e12, 79 * GIB, 3.35e12, 450e9, 50e9),
@@ -96,8 +92,7 @@ class Config(grpo.Config):
             self.must(getattr(self, name) >= 1, name, "at least 1")
         for name in ("deterministic", "use_peft", "beta"):
             self.must(not getattr(self, name), name, "left out here: it is not planned")
-        sizes = distributed.mesh_sizes(self.nodes * self.gpus_per_node, *self.mesh)
-        self.replicate, self.shard, self.tensor = sizes
+        self.replicate, self.shard, self.tensor = distributed.mesh_sizes(self.nodes * self.gpus_per_node, *self.mesh)
         self.rollout_tensor = self.rollout_tensor or self.tensor
 
     def check_data(self) -> None:
@@ -121,8 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 def shape_of(model: str) -> ModelConfig:
     """The shape that a config.json, or one in a folder, speaks of. ValueError for others."""
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    if not path.is_file():
-        raise ValueError(f"--model {model}: must be a config.json, or the folder that it is in; weights are not needed")
+    require(path.is_file(), "model", model, "a config.json, or the folder that it is in; weights are not needed")
     return ModelConfig.from_hf(read_json(path))
 
 
@@ -134,15 +128,14 @@ def plan(config: Config, shape: ModelConfig) -> dict:
         found, place = measure(config, shape, world), layout.place_of(world)
     backward, state = found["backward"], sum(found["update"]["kept"][kind] for kind in STATE)
     more = config.num_micro_batches / min(2, config.num_micro_batches)
-    for name in ("traffic", "calls"):
-        backward[name] = {key: more * count for key, count in backward[name].items()}
+    backward |= {name: {key: more * n for key, n in backward[name].items()} for name in ("traffic", "calls")}
     # A sampler with a layout of its own is there all the time (rollout_client.engine_of).
     mine = {box.tensor: box for box in layout.boxes(shape, place)}
     boxes = layout.boxes(shape, layout.Place(tensors=config.rollout_tensor))
-    own = config.shard > 1 or config.rollout_tensor != config.tensor
+    own = not config.rollout_server and (config.shard > 1 or config.rollout_tensor != config.tensor)
     weights = own * item * sum(math.prod(box.shape) for box in boxes)
-    known = [layout.common(box, mine[box.tensor]) for box in boxes if box.tensor in mine]
-    received = weights - own * item * sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in filter(None, known))
+    known = filter(None, (layout.common(box, mine[box.tensor]) for box in boxes if box.tensor in mine))
+    received = weights - own * item * sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in known)
     on_host = STATE if config.cpu_offload else ()
     peaks = {n: {k: b for k, b in x["peak"].items() if k not in on_host} | {SAMPLER: weights} for n, x in found.items()}
     phase = max(peaks, key=lambda name: sum(peaks[name].values()))
@@ -153,7 +146,7 @@ def plan(config: Config, shape: ModelConfig) -> dict:
     return {
         "model": config.model,
         "parameters": sum(math.prod(box.shape) for box in layout.boxes(shape)),
-        "options": {name: getattr(config, name) for name in OPTIONS},
+        "options": {name: getattr(config, name) for name in OPTIONS.split()},
         "fits": peak <= room and sequences > 0,
         "memory": {"peak": peak, "room": room, "phase": phase, "kinds": peaks[phase], "state": state},
         "traffic": [
@@ -192,13 +185,14 @@ def seconds(config: Config, found: dict, flops: float, gpu: GPU) -> dict[str, fl
 
 
 def nearest(config: Config, shape: ModelConfig) -> dict | None:
-    """The plan of the nearest layout that fits: by the peaks of 2 and 4 layers first, and then in whole."""
+    """The plan of the nearest layout that fits: by 4 and 6 layers (FSDP2 gathers ahead) first, and then in whole."""
+    few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (4, 6)]
     for other in others(config, shape):
-        few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (2, 4)]
-        two, four = (plan(replace(other, num_micro_batches=1), some)["memory"]["peak"] for some in few)
-        if four + (four - two) / 2 * (shape.num_hidden_layers - 4) <= GPUS[config.gpu].memory * (1 - HEADROOM):
+        four, six = (plan(replace(other, num_micro_batches=1), some)["memory"]["peak"] for some in few)
+        if six + (six - four) / 2 * (shape.num_hidden_layers - 6) <= GPUS[config.gpu].memory * (1 - HEADROOM):
             if (found := plan(other, shape))["fits"]:
                 return found
+    return None
 
 
 def others(config: Config, shape: ModelConfig):
@@ -211,17 +205,16 @@ def others(config: Config, shape: ModelConfig):
         size, tokens = nodes * config.gpus_per_node, config.tokens_per_microbatch >> half
         if tokens >= longest and (offload or 16 * parameters / size < memory):
             for n in slices:
-                mesh = {"nodes": nodes, "replicate": 1, "shard": size // n, "tensor": n}
-                options = {"cpu_offload": offload, "rollout_tensor": thrifty[0], "tokens_per_microbatch": tokens}
-                yield replace(config, **mesh, **options)
+                mesh = {"nodes": nodes, "replicate": 1, "shard": size // n, "tensor": n, "rollout_tensor": thrifty[0]}
+                yield replace(config, **mesh, cpu_offload=offload, tokens_per_microbatch=tokens)
 
 
 def table(found: dict) -> str:
     """The plan as text."""
     options, memory, rollouts, took = (found[name] for name in ("options", "memory", "rollouts", "seconds"))
-    lines = [f"{found['model']}, {found['parameters'] / 1e9:.2f} B parameters"]
-    lines += [" ".join(f"--{name} {value}" for name, value in options.items())]
-    lines += [f"\n{'memory of a process at its peak':34} {'GiB':>9}   ({memory['phase']})"]
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    lines = [f"{found['model']}, {found['parameters'] / 1e9:.2f} B parameters", given, ""]
+    lines += [f"{'memory of a process at its peak':34} {'GiB':>9}   ({memory['phase']})"]
     lines += [f"  {kind:32} {size / GIB:9.2f}" for kind, size in memory["kinds"].items()]
     verdict = f"{'fits' if found['fits'] else 'DOES NOT FIT'} in {memory['room'] / GIB:.1f}, {1 - HEADROOM:.0%} of"
     lines += [f"  {'together':32} {memory['peak'] / GIB:9.2f}   {verdict} {options['gpu']}'s memory"]
@@ -322,23 +315,19 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, world: World, gradients: Callable[[], list[Tensor]]):
         super().__init__()
-        self.gradients, self.live, self.dead, self.current = gradients, {}, [], 0
+        self.gradients, self.live, self.dead, self.current, self.counts = gradients, {}, [], 0, {}
         self.names, self.groups = {}, {}  # of ranks, and by PyTorch's names
         for name in ("replicate", "shard", "tensor", "data"):
             if group := getattr(world, name).group:
                 self.names.setdefault(tuple(dist.get_process_group_ranks(group)), name)
         self.names.setdefault(tuple(range(world.size)), "all" if world.parts else "replicate")
-        self._reset()
-
-    def _reset(self) -> None:
-        self.peak, self.at_peak = 0, Counter()
-        self.flops, self.traffic, self.calls = 0, Counter(), Counter()  # the last two by (group, collective)
+        self.reading()
 
     def reading(self) -> dict:
-        """What there was since the last reading, and what is alive now."""
+        """What there was since the last reading, and is alive now; traffic and calls by (group, collective)."""
         self.settle()
-        found = dict(peak=self.at_peak, kept=self.kinds(), flops=self.flops, traffic=self.traffic, calls=self.calls)
-        self._reset()
+        found = self.counts | {"kept": self.kinds()}
+        self.peak, self.counts = 0, {"peak": Counter(), "flops": 0, "traffic": Counter(), "calls": Counter()}
         return found
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -353,9 +342,9 @@ class Meter(TorchDispatchMode):
         elif name.startswith("fsdp::"):
             kind = "in transit"
         elif name in FLOPS:
-            self.flops += FLOPS[name](*args)
+            self.counts["flops"] += FLOPS[name](*args)
         elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+            self.counts["flops"] += flop_registry[packet](*args, **kwargs, out_val=out)
         for x in tree_leaves((args, kwargs, out) if kind == "in transit" else out):
             if isinstance(x, Tensor):
                 self.see(x, kind)
@@ -407,8 +396,8 @@ class Meter(TorchDispatchMode):
         if self.current + workspace > self.peak * NOTED:
             self.settle()
             if self.current + workspace > self.peak * NOTED:
-                self.peak, self.at_peak = self.current + workspace, self.kinds()
-                self.at_peak[kind] += workspace
+                self.peak, self.counts["peak"] = self.current + workspace, self.kinds()
+                self.counts["peak"][kind] += workspace
 
     def _sent(self, name: str, args) -> str:
         """Count a collective; returns its tensors' kind."""
@@ -419,8 +408,8 @@ class Meter(TorchDispatchMode):
             self.groups[group.group_name] = self.names.get(ranks, f"{len(ranks)} processes")
         where, (ours, rounds), w = self.groups[group.group_name], COLLECTIVES.get(name, (name, 1)), group.size()
         whole = max(sum(x.nbytes for x in tree_leaves(side) if isinstance(x, Tensor)) for side in args[:2])
-        self.traffic[where, ours] += whole * rounds * (w - 1) / w
-        self.calls[where, ours] += 1
+        self.counts["traffic"][where, ours] += whole * rounds * (w - 1) / w
+        self.counts["calls"][where, ours] += 1
         return self.other if where == "tensor" else "in transit"
 
 
@@ -441,8 +430,7 @@ def rollouts_of(config: Config, count: int) -> Rollouts:
 def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]:
     """Readings of grpo.backward and of the optimizer's step, in a `pretended` world or, with numbers, in a real one.
 
-    The optimizer's state is made before, by a step without gradients. Two micro-batches are run at most: any further
-    one would ask for what the second did.
+    Two micro-batches are run at most: any further one would ask for what the second did.
     """
     is_pretended = dist.is_initialized() and dist.get_backend() == "fake"
     fake = FakeTensorMode(allow_non_fake_inputs=True) if is_pretended else None
@@ -460,7 +448,7 @@ def measure(config: Config, shape: ModelConfig, world: World) -> dict[str, dict]
         torch._foreach_zero_([local(p.detach()) for p in policy.parameters()])  # where there are numbers, none is NaN
         policy.gradient_checkpointing = config.gradient_checkpointing
         optimizer = training.optimizer_of(policy, config, world)
-        optimizer.step(0.0)
+        optimizer.step(0.0)  # without gradients: makes AdamW's state
         weights = [*optimizer.parameters.values(), *optimizer.masters.values()]
         held = optimizer._grads
         meter = Meter(world, lambda: [x for x in (*(w.grad for w in weights), *held.values()) if x is not None])

@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
@@ -96,13 +97,7 @@ class _Server:
         self.ready, self.load, self.why = False, 0, "not asked yet"
         self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
         self.route, self.where = None, {}  # to it, and where we have met
-        self.sockets = set()
-
-    def hang_up(self) -> None:
-        """End what is being asked: it is Lost."""
-        for connected in list(self.sockets):
-            with suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
+        self.sockets = weakref.WeakSet()
 
     def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
         """The answer's JSON. Lost where there is none; ValueError where the server says that the request is wrong."""
@@ -110,21 +105,17 @@ class _Server:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("MINITRL_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        connected = None
         try:
             with closing(kind(self.host, self.port, timeout=min(10.0, timeout_s))) as connection:
                 connection.connect()
-                connected = connection.sock
-                self.sockets.add(connected)
-                connected.settimeout(timeout_s)
+                self.sockets.add(connection.sock)
+                connection.sock.settimeout(timeout_s)
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
                 response = connection.getresponse()
                 content = response.read(MAX_ANSWER)
             answer = data._parse(content)
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise Lost(f"{type(error).__name__}: {str(error)[:200]}") from None
-        finally:
-            self.sockets.discard(connected)
         if response.status == 200:
             return answer
         error = answer.get("error")
@@ -155,7 +146,8 @@ class RemoteEngine:
         self.known = {}  # version -> (digest, the newest step that has these weights), for `ask`
         self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
         self.probe = None  # a prompt to compare a server by
-        self.changed, self.courier = threading.Event(), None  # rank 0's, who sends weights while all else goes on
+        self.background, self.courier = ThreadPoolExecutor(IN_FLIGHT), None  # rank 0's, who sends the weights
+        self.changed, self.ended = threading.Event(), threading.Event()
         self.mesh = world.shard.size, world.tensor.size
         self.senders = math.prod(self.mesh)  # the first ranks
         self.orders, self.numbers, self.routes = None, count(), {}  # rank 0's to the other senders; theirs, by URL
@@ -167,21 +159,11 @@ class RemoteEngine:
         bodies = self._bodies(prompts, n, max_tokens, seed, options)
         with self.still:
             self._renew()
-        return self._gather(bodies, threading.Event())
+        return self._gather(bodies)
 
-    def ask(self, least: int, prompts, n=1, max_tokens=256, seed=0, **options) -> tuple[Future, threading.Event]:
-        """`generate` in the background, by weights of step `least` or later: the first token of each completion, the
-        others by no older ones. Their `versions` are steps. Returns (what comes of it, what ends it)."""
-        future, over, bodies = Future(), threading.Event(), self._bodies(prompts, n, max_tokens, seed, options)
-
-        def run() -> None:
-            try:
-                future.set_result(self._gather(bodies, over, least))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return future, over
+    def ask(self, least: int, prompts, n=1, max_tokens=256, seed=0, **options) -> Future:
+        """`generate` in the background, by the weights of step `least` or later. `versions` are steps here."""
+        return self.background.submit(self._gather, self._bodies(prompts, n, max_tokens, seed, options), least)
 
     @contextmanager
     def updating(self, step: int):
@@ -191,32 +173,24 @@ class RemoteEngine:
             yield
             self._renew(step)
         if self.courier is None and self.world.rank == 0:
-            self.courier = threading.Thread(target=self._keep_sending, daemon=True)
-            self.courier.start()
+            self.courier = self.background.submit(self._keep_sending)
         self.changed.set()
 
     def _keep_sending(self) -> None:
-        while self.courier:
+        while not self.ended.is_set():
             with suppress(ValueError):  # who asks that server meets the same, and says so
                 self.revive()
             self.changed.wait(0.2)  # a server that was lost may be back
             self.changed.clear()
 
-    def forget(self, least: int) -> None:
-        """Nothing that is asked for may be of weights before step `least` any more."""
-        self.known = {version: known for version, known in self.known.items() if known[1] >= least}
-
-    def close(self, asked: list[tuple[Future, threading.Event]]) -> None:
+    def close(self, asked: list[Future]) -> None:
         """End what was asked for, and the sending."""
-        courier, self.courier = self.courier, None
+        self.ended.set()
         self.changed.set()
-        for _, over in asked:
-            over.set()
-        while wait([future for future, _ in asked], 0.1).not_done:
-            for server in self.servers:
-                server.hang_up()
-        if courier:
-            courier.join(10)
+        while wait([*asked, *filter(None, [self.courier])], 0.1).not_done:
+            for connected in [connected for server in self.servers for connected in server.sockets]:
+                with suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
 
     def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
         """A request for each prompt."""
@@ -240,10 +214,11 @@ class RemoteEngine:
         if step is not None:
             self.known = self.known | {self.version: (digest, step)}
 
-    def _gather(self, bodies: list[dict], over: threading.Event, least: int | None = None) -> list[list[Completion]]:
+    def _gather(self, bodies: list[dict], least: int | None = None) -> list[list[Completion]]:
         self.revive()
         stop = time.monotonic() + self.timeout_s
         with ThreadPoolExecutor(min(IN_FLIGHT, len(bodies)) or 1) as pool:
+            over = threading.Event()
             futures = [pool.submit(self._complete, body, over, least) for body in bodies]
             try:
                 open_, ready = set(futures), any(server.ready for server in self.servers)
@@ -256,7 +231,7 @@ class RemoteEngine:
                         stop = time.monotonic() + self.timeout_s
                     elif time.monotonic() > stop:
                         raise ConnectionError("no rollout server can be had: " + self._whys())
-                    if over.is_set():
+                    if self.ended.is_set():
                         raise ConnectionAbortedError("it is not wanted any more")
                     if open_ or not ready:
                         self.revive()
@@ -440,11 +415,8 @@ class RemoteEngine:
         raise ConnectionAbortedError("another request failed")
 
     def _completions(self, server: _Server, body: dict, least: int | None = None) -> list[Completion]:
-        wanted = self.digest
-        if least is not None:
-            wanted = [digest for digest, step in self.known.values() if step >= least]
+        wanted = self.digest if least is None else [known for known, step in self.known.values() if step >= least]
         answer = server.ask("POST", "/v1/completions", body | {"weights": wanted}, self.timeout_s)
-        steps = {version: step for version, (_, step) in self.known.items()}
         try:
             completions = []
             for index, choice in enumerate(answer["choices"]):
@@ -454,11 +426,10 @@ class RemoteEngine:
                 good = good and all(type(x) is float and math.isfinite(x) for x in logprobs)
                 good = good and choice["finish_reason"] in ("stop", "length") and isinstance(choice["text"], str)
                 versions = tuple(map(tuple, choice["weight_versions"]))
-                assert good and versions, f"choice {index} is not a completion"
-                if least is None:
-                    assert len(versions) == 1, f"choice {index} is not of one version"
-                else:
-                    versions = tuple((steps.get(version, -1), first, last) for version, first, last in versions)
+                good = good and (len(versions) == 1 or least is not None)
+                assert good, f"choice {index} is not a completion, or not of one version"
+                if least is not None:
+                    versions = tuple((self.known.get(version, ("", -1))[1], *part) for version, *part in versions)
                     if (oldest := min(versions)[0]) < least:
                         self.too_old += 1
                         raise Lost(f"choice {index} is of the weights of step {oldest}, not of {least} or later")

@@ -81,7 +81,9 @@ class RunFolder:
                 f"--output_dir {self.path}: holds a run already; continue it with --resume, choose another folder, or "
                 "remove this one"
             )
-        if resume and not (self.path / "config.json").exists():
+        # torchrun starts all again with the same options: where it may, --resume holds from the first start on
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        if resume and not restarts and not (self.path / "config.json").exists():
             raise ValueError(f"--resume: {self.path} holds no run (no config.json); leave --resume out to start one")
 
     def saved_config(self) -> dict:
@@ -331,7 +333,7 @@ class Run:
             checkpoint.refuse_strangers(f"{config.output_dir}/final")
             if config.plot:
                 _check_writable(Path(config.plot))
-            if config.resume:
+            if config.resume and (self.folder.path / "config.json").exists():
                 check_resume(self.folder.saved_config(), dataclasses.asdict(config))
         self.timed = Seconds(world.device)
         self.num_tokens, self.logged_step, self.saved_step = 0, 0, 0

@@ -195,6 +195,11 @@ class Unread:
         return torch.empty(self.shape) if made is None else made
 
 
+def read(tensor: Tensor | Unread) -> Tensor:
+    """A tensor of `load_state`, whatever it comes from."""
+    return tensor if isinstance(tensor, Tensor) else tensor()
+
+
 def _within(shared: tuple[tuple[int, int], tuple[int, int]], box: Box, at: int = 0) -> tuple[slice, slice]:
     """Rows and columns of a tensor, as they are counted in the memory of a box whose first row is `at` there."""
     (top, bottom), (left, right) = shared

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import checkpoint, data, lora, runs
 from .distributed import World, any_true, local, sum_
 from .layout import held, place_of, same_everywhere
+from .state import read
 
 
 CACHED = 2**20  # numbers that a processor's cache holds
@@ -151,11 +152,8 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Put back what state_tensors gave: the next step is the one that would have come. Raises ValueError.
 
-        A tensor may still be unread (state.Unread): what knows its shape, and gives it when it is called.
+        A tensor may still be unread (state.Unread).
         """
-        def copied(name: str, target: Tensor) -> Tensor:
-            return target.copy_(tensors[name] if isinstance(tensors[name], Tensor) else tensors[name]())
-
         step = int(tensors["step"]) if "step" in tensors else 0
         kinds = ("master", "exp_avg", "exp_avg_sq") if step else ("master",)
         expected = {f"{kind}.{name}": master.shape for name, master in self.masters.items() for kind in kinds}
@@ -173,12 +171,12 @@ class Optimizer:
         self.adam.state.clear()
         for name, master in self.masters.items():
             with torch.no_grad():
-                copied(f"master.{name}", master)
+                master.copy_(read(tensors[f"master.{name}"]))
             if step:
                 self.adam.state[master] = {
                     "step": torch.tensor(float(step), device=master.device),
-                    "exp_avg": copied(f"exp_avg.{name}", torch.empty_like(master)),
-                    "exp_avg_sq": copied(f"exp_avg_sq.{name}", torch.empty_like(master)),
+                    "exp_avg": torch.empty_like(master).copy_(read(tensors[f"exp_avg.{name}"])),
+                    "exp_avg_sq": torch.empty_like(master).copy_(read(tensors[f"exp_avg_sq.{name}"])),
                 }
         self._round_masters()
 

@@ -166,3 +166,30 @@ def test_what_does_not_divide_is_refused_by_name(changed, named):
     config = ModelConfig.from_hf(SHAPE | FAMILY["llama"] | changed)
     with pytest.raises(ValueError, match=f"--tensor 2: .*{named}"), torch.device("meta"):
         Model(config, World(0, 2, CPU))
+
+
+def bfloat16_shard(expected: float, grads: dict) -> None:
+    world = distributed.start("cpu", 120, (None, 2, 1))
+    model = checkpoint.divided(whole_model("llama").bfloat16(), torch.bfloat16, world)
+    total = weighted_sum(model, world.rank == 0)
+    if world.rank == 0:
+        assert total == expected
+    optimizer = training.Optimizer(model, world)
+    for (name, held), grad in zip(optimizer.held.items(), optimizer._take_gradients()):
+        rows = -(-len(grads[name]) // 2) * world.rank
+        assert grad.dtype == torch.float32 and torch.equal(grad, grads[name][rows : rows + held.shape[0]].float()), name
+
+
+def weighted_sum(model: Model, whole: bool) -> float:
+    """The sum of log-probs by weights that bfloat16 does not have, backward; or that of an empty micro-batch."""
+    pack = pack_groups([[3, 4, 5]], [[[6, 7], [8]]]) if whole else pack_groups([], [])
+    total = model.logprob_sum(pack, pack.completion_T.float() / -3)[0]
+    total.backward()
+    return total.item()
+
+
+def test_bfloat16_shards_compute_what_a_bfloat16_model_does():
+    """To the bit: activations and parameters are rounded, and nothing else that goes into a pass."""
+    model = whole_model("llama").bfloat16()
+    expected = weighted_sum(model, True)
+    run_processes(bfloat16_shard, 2, expected, {name: p.grad for name, p in model.named_parameters()})

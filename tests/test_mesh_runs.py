@@ -42,6 +42,7 @@ MESHES = {
     "replicate 2, shard 2": {"replicate": 2, "shard": 2},
     "shard 4": {"shard": 4},
     "shard 2, sampling in slices": {"shard": 2, "rollout_tensor": 2},
+    "sampling in slices": {"replicate": 2, "rollout_tensor": 2},
     "tensor 2, sampling whole": {"tensor": 2, "rollout_tensor": 1},
     "shard 2, offloaded": {"shard": 2, "cpu_offload": True},
 }
@@ -181,6 +182,7 @@ MORE = [
     ("grpo", "replicate 2, shard 2", RARE),
     ("grpo", "shard 2, tensor 2", MOVING | RARE),
     ("grpo", "shard 2, sampling in slices", RARE),
+    ("grpo", "sampling in slices", {}),
     ("grpo", "tensor 2, sampling whole", {}),
     ("grpo", "shard 2, offloaded", MOVING),
     ("ppo", "shard 2", {"num_mini_batches": 2}),
@@ -298,6 +300,7 @@ def some_rollouts() -> experience.Rollouts:
         tokens_R=torch.randint(VOCABULARY, (R,), generator=draw), lengths_PG=lengths_PG,
         sampler_logprobs_R=-7 - torch.rand(R, generator=draw), truncated_PG=lengths_PG == 12,
         rewards_PGF=rewards_PG[..., None], rewards_PG=rewards_PG, advantages_PG=torch.zeros(P, G),
+        versions_PG=torch.zeros(P, G, dtype=torch.int64),
     ), "group")  # fmt: skip
 
 

@@ -324,3 +324,19 @@ def test_deterministic_on_one_side_alone_is_refused(tiny, pair):
     policy.make_deterministic()
     with pytest.raises(ValueError, match="give both --deterministic, or neither"):
         RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30).generate(PROMPTS[:1])
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_divided_policy_against_a_server(tiny, tmp_path, staleness):
+    """FSDP2's shards: both processes send their own, also amid training; as with one process that has the whole."""
+    options = {"seed": 5, "max_steps": 3, "max_staleness": staleness}
+    rows = []
+    for name, world, more in (("whole", 1, {}), ("divided", 2, {"shard": 2})):
+        with serving.Process(tiny) as server:
+            ended = miniature.launch(tiny.argv(tmp_path / name, rollout_server=server.url, **options, **more), world)
+            assert ended.codes == [0] * world, ended.err
+            assert serving.ask(server.url, "/weights")[1]["version"] >= 3
+        rows.append([row["completion_ids"] for row in miniature.rows(tmp_path / name, "completions")])
+    assert rows[0][:8] == rows[1][:8] and len(rows[0]) == len(rows[1]) == 24
+    if not staleness:
+        assert rows[0] == rows[1]

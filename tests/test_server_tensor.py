@@ -103,14 +103,15 @@ def led(folder):
         return distributed.stop()
     leader = lockstep.Leader(engine)
     sampling = Sampling(temperature=0.9)
-    asked = [leader.prepare(p, n=2, max_tokens=20, seed=i, sampling=sampling) for i, p in enumerate(PROMPTS)]
+    prompts = [PROMPTS[i % 4] * 3 for i in range(6)]  # the last two begin like others, with pages that are known
+    asked = [leader.prepare(p, n=2, max_tokens=20, seed=i, sampling=sampling) for i, p in enumerate(prompts)]
     for request in asked[:4]:
         leader.enqueue(request)
     for _ in range(3):
         leader.step()
     leader.abort(asked[1])
     leader.abort(asked[1])  # as whoever closes a job may
-    leader.weights_changed(5)
+    leader.weights_changed(5)  # and known no more
     lockstep.tell(leader, "more", 1, "x")
     for request in asked[4:]:
         leader.enqueue(request)
@@ -119,7 +120,7 @@ def led(folder):
     lockstep.tell(leader, "stop")
     whole = Engine(*checkpoint.load(folder))
     for i, request in enumerate(asked):
-        (expected,) = whole.generate([PROMPTS[i]], n=2, max_tokens=20, seed=i, temperature=0.9)
+        (expected,) = whole.generate([prompts[i]], n=2, max_tokens=20, seed=i, temperature=0.9)
         if i != 1:
             assert close([request.results], [expected])
     assert asked[1].results[0].finish_reason == "abort" and not leader.numbers
@@ -226,6 +227,25 @@ def test_one_bad_slice_keeps_all_the_old_ones(folder, receiver):
         assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
         serving.send_weights(server.url, model.config, tensors, 8)
         assert mostly(answers(server.url), expected(model, tokenizer))
+
+
+def test_a_slice_that_does_not_come_keeps_nobody_waiting(folder):
+    """One of two gets all of its own, the other nothing: the server answers on, and then gives the update up."""
+    with served(folder, transfer_timeout=4) as server:
+        model, _ = changed(folder)
+        tensors, state = {name: p.detach() for name, p in model.named_parameters()}, ask(server.url, "/weights")[1]
+        route = serving.meet(server.url, model.config, 3)
+        thread, got = serving.announce(server.url, route, tensors, 7)
+        for piece in route._give(route.sends[1], tensors, torch.float32, transfer.BUCKET // 4, True):
+            if piece is not None:
+                route.link.finish(route.link.exchange([(1, True, piece)]), "sending")
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
+        assert time.monotonic() - began < 2.5 and not got
+        thread.join()
+        assert got[0][0] == 409 and ask(server.url, "/weights")[1]["digest"] == state["digest"]
+        assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
 
 
 @pytest.mark.parametrize("victim, busy", [(1, False), (1, True), (0, True)])

@@ -60,7 +60,7 @@ def slow_trainer(monkeypatch) -> None:
     updating = ahead.Ahead.updating
 
     def later(self, step):
-        wait([future for (future, _), _ in self.asked.values()], 60)
+        wait(self.asked.values(), 60)
         return updating(self, step)
 
     monkeypatch.setattr(ahead.Ahead, "updating", later)
@@ -140,18 +140,18 @@ def test_requests_go_on_with_new_weights_of_the_same_trainer(tiny, monkeypatch, 
     remote = RemoteEngine([server.url], policy, tokenizer, WORLD, timeout_s=30)
     with remote.updating(0):
         pass
-    first, _ = remote.ask(0, PROMPTS[:1], **OPTIONS)  # it brings the weights over
+    first = remote.ask(0, PROMPTS[:1], **OPTIONS)  # it brings the weights over
     first.result(30)
     asked, submit, step = [], server.worker.submit, server.worker.engine.step
     monkeypatch.setattr(server.worker, "submit", lambda job: asked.append(job) or submit(job))
     monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.05) or step())
-    future, _ = remote.ask(0, PROMPTS, seed=SEEDS, **LONG)
+    future = remote.ask(0, PROMPTS, seed=SEEDS, **LONG)
     short = OPTIONS | {"max_tokens": 2}
     for number in (1, 2):
         time.sleep(0.2)
         with remote.updating(number):
             scaled(policy)
-        other, _ = remote.ask(number, PROMPTS[:1], seed=5, **short)
+        other = remote.ask(number, PROMPTS[:1], seed=5, **short)
         assert {c.versions[0][0] for group in other.result(30) for c in group} == {number}
     groups = future.result(30)
     longest = max((c.versions for group in groups for c in group), key=len)
@@ -172,7 +172,7 @@ def test_another_trainers_weights_end_them(tiny, monkeypatch, server):
     with remote.updating(3):
         pass
     monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.02) or step())
-    future, _ = remote.ask(3, PROMPTS, seed=SEEDS, **LONG)
+    future = remote.ask(3, PROMPTS, seed=SEEDS, **LONG)
     while not remote.servers[0].ready or not server.worker.pending:
         time.sleep(0.02)
     time.sleep(0.1)
@@ -230,7 +230,7 @@ def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
     server = remote.servers[0]
     monkeypatch.setattr(server, "ask", ask)
     monkeypatch.setattr(remote, "revive", lambda: setattr(server, "ready", True))
-    future, _ = remote.ask(7, [[1]], max_tokens=2)
+    future = remote.ask(7, [[1]], max_tokens=2)
     assert future.result(20) == [[Completion([1, 2], [-1.0, -1.0], "", "length", ((7, 0, 2),))]]
     assert remote.too_old == 3
     monkeypatch.setattr(rollout_client._Server, "ask", lambda *_: {"choices": [{"weight_versions": [[[], 0, 1]]}]})
@@ -267,7 +267,7 @@ def test_weights_do_not_change_while_they_are_sent(tiny, monkeypatch, server):
     with remote.updating(1):
         events.append("changing")
         scaled(policy, 1.5)
-    remote.ask(1, PROMPTS[:2], **OPTIONS)[0].result(30)
+    remote.ask(1, PROMPTS[:2], **OPTIONS).result(30)
     assert events == ["sending", "sent", "changing", "sending", "sent"]
 
 
