@@ -254,22 +254,24 @@ class RemoteEngine:
             state = server.ask("GET", "/weights", None, 10.0)
             if state.get("deterministic") != self.policy.deterministic:
                 raise ValueError(f"--rollout_server {server.url}: give both --deterministic, or neither")
+            # On all ranks: rank 0's error alone would be heard only when the others give up waiting for it.
+            dtype, described = self._described(server, state.get("tensors"))
             if (state.get("digest"), state.get("version")) != (self.digest, self.version):
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
-                self._update(server, state)
+                self._update(server, state, dtype, described)
             if self.probe and self.world.rank == 0 and self.senders == 1:
                 self._compare(server, self.probe)
-        except (Lost, ConnectionError) as error:
+        except (Lost, OSError) as error:
             self._leave_out(server, error)
             return
         with self.lock:
             server.ready, server.delay = True, 0.5
             self.lock.notify_all()
 
-    def _update(self, server: _Server, state: dict) -> None:
-        """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
-        theirs, dtype = state.get("tensors"), next(iter(self.tensors.values())).dtype
+    def _described(self, server: _Server, theirs) -> tuple[torch.dtype, list]:
+        """(dtype to send in, `transfer.describe` of it); ValueError where the server has another model."""
+        dtype = next(iter(self.tensors.values())).dtype
         if self.world.shard.size > 1 and theirs == transfer.describe(self.policy.config, torch.bfloat16):
             dtype = torch.bfloat16  # ours are masters
         described = transfer.describe(self.policy.config, dtype)
@@ -279,6 +281,10 @@ class RemoteEngine:
             except ValueError as error:
                 raise ValueError(f"--rollout_server {server.url}: serves another model, or in another --dtype: {error}"
                                  ) from None
+        return dtype, described
+
+    def _update(self, server: _Server, state: dict, dtype: torch.dtype, described: list) -> None:
+        """Send the weights; where the bridge is gone, or the server forgot it, over a new one."""
         try:
             with ThreadPoolExecutor(1) as pool:
                 if server.route is None or state.get("generation") != server.route.link.generation:

@@ -118,8 +118,29 @@ def test_bad_requests_are_the_users(tiny, pair):
 
 def test_another_model_is_refused(tiny, pair, tmp_path):
     policy, tokenizer = checkpoint.load(tiny.folder / "model", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"serves another model, or in another --dtype: tensor .* is float32"):
-        RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30).generate(PROMPTS[:1])
+    for rank in (0, 1):  # who waits for rank 0 would keep its error back
+        remote = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=3)
+        remote.world = distributed.World(rank, 2, torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"serves another model, or in another --dtype: tensor .* is float32"):
+            remote.generate(PROMPTS[:1])
+
+
+def test_what_the_system_refuses_is_tried_again(tiny, pair, monkeypatch):
+    """In the background, too: no port to meet at, just now."""
+    policy, tokenizer = changed(tiny, 1.21)
+    remote, listen, calls = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30), transfer.listen, []
+
+    def refused(*given):
+        calls.append(given)
+        if len(calls) < 3:
+            raise OSError(24, "Too many open files")
+        return listen(*given)
+
+    monkeypatch.setattr(transfer, "listen", refused)
+    with remote.updating(0):
+        pass
+    assert remote.ask(0, PROMPTS[:1], **OPTIONS)[0].result(30) and len(calls) == 3
+    remote.close([])
 
 
 def test_a_server_that_lies_about_its_weights_ends_the_run(tiny, pair, monkeypatch):
@@ -247,7 +268,7 @@ def here_and_there(tiny, tmp_path, world=1, script="grpo", serve=(), **options):
     with serving.Process(tiny, **dict(serve)) as server:
         remote = miniature.launch(tiny.argv(tmp_path / "there", rollout_server=server.url, **argv), world)
         assert remote.codes == [0] * world, remote.err
-        version = serving.ask(server.url, "/weights")[1]["version"]
+        version = serving.ask(server.url, "/weights")[1]["version"] % 2**20  # above it, the run
     here, there = (miniature.rows(tmp_path / name, "completions") for name in ("here", "there"))
     assert [row["completion_ids"] for row in here] == [row["completion_ids"] for row in there]
     return version
