@@ -67,8 +67,9 @@ class RolloutOptions(CommonOptions):
         count = len(self.reward)
         self.must(count > 0, "reward", "the name of a built-in reward, or file.py:function")
         self.must(len(self.reward_weights) in (0, count), "reward_weights", f"{count} numbers, one for each reward")
-        alone = self.rollout_tensor is None or not self.rollout_server
-        self.must(alone, "rollout_tensor", "left out with --rollout_server, whose processes have their own")
+        for name in ("rollout_tensor", "rollout_cache_gib"):
+            alone = getattr(self, name) is None or not self.rollout_server
+            self.must(alone, name, "left out with --rollout_server, whose processes have their own")
         self.check_data()
         short = self.model is not None or self.max_prompt_length == 512
         self.must(short, "max_prompt_length", "left out without --model: its prompts are short")

@@ -442,7 +442,7 @@ class Model(nn.Module):
         """
         assert self.score is not None, "a model with a vocabulary head has no values; load it with scalar_head=True"
         wide = torch.promote_types(self.score.weight.dtype, torch.float32)
-        return (self.forward(pack).to(wide) @ self.score.weight.to(wide).T)[:, 0]
+        return (self.forward(pack).to(wide) @ self.score.weight.to(wide).T)[:, 0].clone()  # FSDP2 warns of a view
 
     def logits(self, sequences: list[list[int]]) -> list[Tensor]:
         """Per id list its (length, V) float32 logits: for inspection and tests; training never holds them."""

@@ -166,6 +166,7 @@ def trains_alike(folder, alone, tmp_path, script: str, mesh: str, **options) -> 
     words = argv(folder, script, tmp_path / "run", **options, **MESHES[mesh])
     outcome = launch(words, world, dict.fromkeys(range(world), double(script)), SCRIPTS[script].main)
     assert outcome.codes == [0] * world, outcome.err[-3000:]
+    assert "Warning" not in outcome.err, outcome.err[-3000:]
     assert_same_end(alone(script, **options), tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in steps(tmp_path / "run")), "nothing was learnt"
 
@@ -408,7 +409,8 @@ def test_what_is_not_built_is_refused_by_name(folder, tmp_path, options, said):
     assert outcome.codes == [1, 1] and said in outcome.err, outcome.err
 
 
-def test_a_server_has_slices_of_its_own(folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["rollout_tensor", "rollout_cache_gib"])
+def test_a_server_has_slices_and_a_cache_of_its_own(folder, tmp_path, capsys, name):
     with pytest.raises(SystemExit):
-        parse(grpo.Config, argv(folder, "grpo", tmp_path, rollout_tensor=2, rollout_server="http://127.0.0.1:1"))
-    assert "--rollout_tensor 2: must be left out with --rollout_server" in capsys.readouterr().err
+        parse(grpo.Config, argv(folder, "grpo", tmp_path, rollout_server="http://127.0.0.1:1", **{name: 2}))
+    assert re.search(f"--{name} 2.*: must be left out with --rollout_server", capsys.readouterr().err)
