@@ -125,8 +125,9 @@ def main() -> None:
             print({name: value for name, value in row.items() if name not in ("accuracies", "command")}, flush=True)
         ratios = [b["step_time"] / a["step_time"] for a, b in zip(rows[::2], rows[1::2])]
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-        value = {"command": "python -m benchmarks.staleness", "server": f"python {SERVER}", "machine": machine,
-                 "step_time_ratio": round(statistics.median(ratios), 3), "rows": rows}  # fmt: skip
+        done = " ".join(str(row["seed"]) for row in rows[::2])
+        value = {"command": f"python -m benchmarks.staleness --seeds {done}", "server": f"python {SERVER}",
+                 "machine": machine, "step_time_ratio": round(statistics.median(ratios), 3), "rows": rows}  # fmt: skip
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "staleness.json").write_text(json.dumps(value, indent=1) + "\n")
         print("step time, ahead / by turns:", [round(ratio, 3) for ratio in ratios], flush=True)

@@ -317,3 +317,4 @@ def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator
             if whole is not None:
                 whole.view(shape[0], -1)[slice(*box.rows), slice(*box.columns)] = part.view(box.shape)
         yield whole
+        del whole, part  # before the next one is made

@@ -59,6 +59,7 @@ def write_tensors(path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ..
         for part in chain([len(text).to_bytes(8, "little"), text], map(_bytes, tensors)):
             file.write(part)
             sums.update(part)
+            del part  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
         assert file.tell() == 8 + len(text) + end, f"{path}: the tensors are not those of the header"

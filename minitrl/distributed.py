@@ -433,6 +433,18 @@ def _named(what: str, world: World):
         ) from error
 
 
+@contextmanager
+def among_others(what: str, world: World):
+    """The same around more than our own collectives, for FSDP2's; errors of other kinds stay what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        with _named(what, world):
+            raise
+
+
 def _place_from_environment() -> dict[str, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them, or those of a process on its own."""
     if not any(name in os.environ for name in _PLACE):

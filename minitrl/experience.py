@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checkpoint, data, lora, rewards, toy, training
 from .config import CommonOptions, require
-from .distributed import World, gather_ragged, print0, sum_, together
+from .distributed import World, gather_ragged, own_parameters, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
 from .rollout import context_length
 from .sampling import Sampling
@@ -353,6 +353,7 @@ def measure(model, compute, count: int, rollouts: Rollouts, plan, world: World) 
         pack, index_C = rollouts.pack(batch, world.device)
         scored_T = pack.completion_T
         found[:, index_C] = torch.stack([x_T[scored_T].cpu() for x_T in compute(pack, scored_T)])
+    own_parameters(model)  # of a reference no backward pass follows, after which FSDP2 would let go of them
     sum_([found], world.data)
     return list(found)
 

@@ -29,7 +29,7 @@ import torch
 
 from . import checkpoint
 from .console import Progress, table
-from .distributed import barrier, gather_json, keepers, meet, print0, stop
+from .distributed import among_others, barrier, gather_json, keepers, meet, print0, stop
 from .state import Pieces, load_state, save_state
 
 # What --resume may change: these have no part in which weights a step gives, or in their rounding alone. (max_steps
@@ -447,7 +447,8 @@ class Run:
         the others may be gone. finished: the number of steps done, or None where the weights are not whole.
         """
         try:
-            yield
+            with among_others("in a step", self.world):
+                yield
             self.saved()
         except Exception:
             try:

@@ -11,7 +11,9 @@ import functools
 import importlib
 import json
 import math
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +357,37 @@ def test_a_team_samples_together_and_its_first_rewards(tmp_path):
     asked = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert sorted(asked) == ["0", "2"]
     assert [len(asked[rank]) for rank in "02"] == [4, 6] and len({*asked["0"], *asked["2"]}) == 10
+
+
+def gathered(folder: str) -> None:
+    world = distributed.start("cpu", 60, (None, 2, 1))
+    model, _ = checkpoint.load(f"{folder}/model", world=world)
+    rollouts, config = some_rollouts(), SimpleNamespace(temperature=1.0)
+    plan = rollouts.plan(torch.ones(2, 3, dtype=torch.bool), 40, world)
+    experience.score(model, rollouts, plan, config, world)
+    assert all(hasattr(p, "to_local") for p in model.parameters()), "parameters are held whole"
+    distributed.stop()
+
+
+def test_a_model_that_has_scored_lets_go_of_what_it_gathered(folder):
+    run_processes(gathered, 2, str(folder))
+
+
+def die_amid_step_2() -> None:
+    forward, calls = Model.logprob_sum, []
+
+    def logprob_sum(model, *given):
+        calls.append(torch.is_grad_enabled())
+        return forward(model, *given) if calls.count(True) < 3 else os._exit(9)
+
+    Model.logprob_sum = logprob_sum
+
+
+def test_a_process_that_dies_is_one_line_where_pytorch_gathers_too(folder, tmp_path):
+    outcome = launch(argv(folder, "sft", tmp_path / "run", shard=2), 2, {1: die_amid_step_2}, sft.main)
+    assert outcome.codes == [1, 9]
+    assert re.search(r"^error: rank 0 of 2, in a step: another process is gone or too late", outcome.err, re.M)
+    assert "Traceback" not in outcome.err, outcome.err
 
 
 REFUSED = [

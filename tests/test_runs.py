@@ -262,7 +262,7 @@ from minitrl.distributed import any_true, start, stop
 from minitrl.runs import Interrupt
 world = start("cpu", 60)
 with Interrupt() as interrupt:
-    os.write(1, b"ready\n")  # in one piece: two processes share the pipe
+    os.write(1, b"ready\\n")  # in one piece: two processes share the pipe
     for step in range(1000):
         for _ in range(4):
             time.sleep(0.1)

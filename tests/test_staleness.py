@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, wait
+from types import SimpleNamespace
 
 import miniature
 import pytest
@@ -107,11 +108,11 @@ def test_a_slow_trainer_trains_on_samples_as_old_as_may_be(tiny, tmp_path, monke
 
 
 def test_a_slow_server_gets_new_weights_amid_its_completions(tiny, tmp_path, synchronous):
-    options = {"max_staleness": 2, "max_completion_length": 40}
+    options = {"max_staleness": 2, "max_completion_length": 24, "max_steps": 5}
     with serving.Process(tiny, slow_server) as process:
         train(tiny, tmp_path, process.url, **options)
     found = ages(tmp_path)
-    assert 0 < max(found) <= 2 and [prompt for _, prompt in prompts(tmp_path)] == [p for _, p in prompts(synchronous)]
+    assert 0 < max(found) <= 2 and prompts(tmp_path) == prompts(synchronous)[:40]
     for row in steps(tmp_path):
         assert row["sampling/staleness/max"] <= 2 and row["sampling/too_old"] == 0
 
@@ -401,3 +402,24 @@ def test_weights_correct_the_mean_for_samples_of_another_policy():
     [found] = torch.autograd.grad(surrogate, logits)
     [expected] = torch.autograd.grad((logits.softmax(0) * advantages).sum(), logits)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("bound, each, expected", [
+    (1, 1, [[(0, 0), (2, 0)], [(4, 1)], [(6, 2)], [(8, 3)], [], []]),
+    (3, 1, [[(0, 0), (2, 0), (4, 0), (6, 0)], [(8, 1)], [], [], [], []]),
+    (1, 2, [[(0, 0)], [(2, 1)], [], [(4, 3)], [], []]),
+    (2, 2, [[(0, 0), (2, 0)], [], [(4, 2)], [], [], []]),
+])  # fmt: skip
+def test_which_generation_is_asked_for_when(bound, each, expected):
+    """(place in the data, oldest step) after 0, 1, ... of 5 steps, each generation being used for `each` of them."""
+    config = grpo.Config(model="m", dataset="d", reward=("random",), prompts_per_step=2, num_iterations=each,
+                         max_staleness=bound, rollout_server=("http://127.0.0.1:1",))  # fmt: skip
+    asked = []
+    engine = SimpleNamespace(known={1: ("", 0)}, tensor=WORLD)
+    engine.ask = lambda least, prompts, **options: asked[-1].append(least)
+    samples = ahead.Ahead(engine, [{"prompt_ids": [0]}] * 20, config, SimpleNamespace(world=WORLD, total_steps=5))
+    for step in range(6):
+        asked.append([])
+        samples.ask(-(-step // each) * 2, step)
+    assert asked == [[least for _, least in new] for new in expected]
+    assert list(samples.asked) == [place for new in expected for place, _ in new]

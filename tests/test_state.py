@@ -6,6 +6,8 @@ Each number of each tensor of the whole is a function of the tensor's name and k
 import hashlib
 import os
 import re
+import sys
+import threading
 
 import pytest
 import tokenizers
@@ -242,3 +244,81 @@ def test_pieces_keep_what_is_whole(tmp_path):
     save_state(tmp_path, 1, {"optimizer": named}, {}, held=optimizer.held)
     pieces = load_state(tmp_path)[1]["optimizer"]
     assert isinstance(pieces, Pieces) and pieces.whole.keys() == {"step", "master.adapter"}
+
+
+class PeakMemory:
+    """The most anonymous memory (bytes) of this process inside `with`, beyond what it had before; sampled."""
+
+    def __enter__(self):
+        self.before, self.most, self.ended = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+        self.most = max(self.most, self.now() - self.before)
+
+    def watch(self):
+        while not self.ended.wait(0.0005):
+            self.most = max(self.most, self.now() - self.before)
+
+    @staticmethod
+    def now() -> int:
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", checkpoint.Path("/proc/self/status").read_text())[1])
+
+
+BIG = SHAPE | FAMILY["llama"] | {"vocab_size": 16_000, "hidden_size": 1024, "intermediate_size": 4096}
+
+
+def load_and_go_on(mesh: tuple, folder: str) -> None:
+    world, slack = start(mesh), 12 * 2**20  # allocator's and Python's own
+    largest = 16_000 * 1024 * 4
+    with PeakMemory() as loading:
+        model, _ = checkpoint.load(folder, torch.float32, world=world)
+    mine = sum(p.numel() for p in distributed.own_parameters(model).values()) * 4
+    optimizer = training.Optimizer(model, world)
+    optimizer.step(0.0)
+    keepers = distributed.keepers(world, PATIENCE_S)
+    with PeakMemory() as saving:
+        save_state(folder, 1, {"optimizer": optimizer.state_tensors()}, {}, None, keepers, optimizer.held)
+    distributed.barrier(world)
+    with PeakMemory() as resuming:
+        pieces = load_state(folder, world)[1]["optimizer"]
+        optimizer.load_state_tensors(pieces.local(optimizer.held))
+    with PeakMemory() as writing:
+        checkpoint.save(model, tokenizer(), f"{folder}/final", None, 10**9, keepers)
+    found = {"loading": loading, "saving": saving, "resuming": resuming, "writing final/": writing}
+    said = ", ".join(f"{name} {peak.most / 2**20:.0f}" for name, peak in found.items())
+    print(f"MiB: rank {world.rank} of {mesh}: slice {mine / 2**20:.0f}, largest tensor {largest / 2**20:.0f}, {said}")
+    assert loading.most <= mine + largest + slack
+    assert saving.most <= slack
+    assert resuming.most <= 2 * mine + largest + slack  # both moments are made anew
+    assert writing.most <= 2 * (largest + largest / world.size) + slack  # the C library gives back late
+    distributed.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (1, 2, 2)])
+def test_no_process_holds_more_than_its_part_and_one_tensor(mesh, tmp_path):
+    with torch.device("meta"):
+        model = checkpoint.Model(ModelConfig.from_hf(BIG))
+    checkpoint.save(model.to_empty(device="cpu"), tokenizer(), tmp_path)
+    run_processes(load_and_go_on, count_of(mesh), mesh, str(tmp_path))
+
+
+@pytest.mark.parity
+def test_final_from_a_mesh_loads_in_transformers(tmp_path):
+    """Written in shards by four processes of 2 x 2: the weights, and what the model computes."""
+    transformers = pytest.importorskip("transformers")
+    run_processes(pass_on, 4, "qwen3", (1, 2, 2), None, str(tmp_path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float64)
+    assert (tmp_path / "final/model.safetensors.index.json").exists()
+    weights = theirs.state_dict()
+    for name, (_, _, shape) in layout.hf_tensors(ModelConfig.from_hf(SHAPE | FAMILY["qwen3"])).items():
+        assert torch.equal(weights[name], number_of(f"master.{name}", shape)), name
+    ours, _ = checkpoint.load(tmp_path / "final", torch.float64)
+    ids = [3, 1, 4, 1, 5]
+    torch.testing.assert_close(ours.logits([ids])[0].double(), theirs(torch.tensor([ids])).logits[0].double(),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
