@@ -188,9 +188,10 @@ class RemoteEngine:
         self.ended.set()
         self.changed.set()
         while wait([*asked, *filter(None, [self.courier])], 0.1).not_done:
-            for connected in [connected for server in self.servers for connected in server.sockets]:
-                with suppress(OSError):
-                    connected.shutdown(socket.SHUT_RDWR)
+            with suppress(RuntimeError):  # another is opened just now: the next turn has it
+                for connected in [connected for server in self.servers for connected in server.sockets]:
+                    with suppress(OSError):
+                        connected.shutdown(socket.SHUT_RDWR)
 
     def _bodies(self, prompts, n: int, max_tokens: int, seed, options: dict) -> list[dict]:
         """A request for each prompt."""

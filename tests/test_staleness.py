@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import miniature
@@ -190,10 +190,10 @@ def test_another_run_of_the_same_beginning_is_not_taken_for_this_one(tiny, monke
         engines.append(RemoteEngine([server.url], policy, tokenizer, WORLD, timeout_s=30))
         with engines[-1].updating(0):
             pass
-        engines[-1].ask(0, PROMPTS[:1], **OPTIONS)[0].result(30)
+        engines[-1].ask(0, PROMPTS[:1], **OPTIONS).result(30)
     other, remote = engines
     monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.02) or step())
-    future, _ = remote.ask(0, PROMPTS, seed=SEEDS, **LONG)
+    future = remote.ask(0, PROMPTS, seed=SEEDS, **LONG)
     while not remote.servers[0].ready or not server.worker.pending:
         time.sleep(0.02)
     before = server.worker.version
@@ -210,6 +210,24 @@ def test_another_run_of_the_same_beginning_is_not_taken_for_this_one(tiny, monke
     assert same(future.result(60), Engine(policy, tokenizer).generate(PROMPTS, seed=SEEDS, **LONG)), "asked again"
     for engine in engines:
         engine.close([])
+
+
+def test_it_ends_while_connections_are_opened(tiny):
+    """A set that another thread adds to meanwhile cannot be gone through; its next turn can."""
+    turns, future = [], Future()
+
+    class Changing:
+        def __iter__(self):
+            turns.append(1)
+            if len(turns) < 3:
+                raise RuntimeError("Set changed size during iteration")
+            future.set_result([[]])
+            return iter(())
+
+    remote = RemoteEngine(["http://127.0.0.1:1"], *changed(tiny), WORLD)
+    remote.servers[0].sockets = Changing()
+    remote.close([future])
+    assert len(turns) == 3
 
 
 def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
