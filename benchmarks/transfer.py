@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from minitrl import checkpoint, distributed, transfer
+from minitrl import checkpoint, distributed, parallel, transfer
 from minitrl.layout import Place, boxes, hf_tensors
 from minitrl.model import ModelConfig
 
@@ -73,7 +73,7 @@ class Process:
         self.model = checkpoint.empty(self.config, dtype, world=self.world)
         self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
         for i, tensor in enumerate(self.parameters.values()):
-            shard, generator = distributed.local(tensor), torch.Generator().manual_seed(2 * i + self.world.rank)
+            shard, generator = parallel.local(tensor), torch.Generator().manual_seed(2 * i + self.world.rank)
             shard.normal_(generator=generator) if trains else shard.zero_()
         self.all = self.bridge(rank, TRAINERS + SAMPLERS, ports[2])
         self.first = None if rank == 1 else self.bridge(max(rank - 1, 0), 1 + SAMPLERS, ports[3])
@@ -157,7 +157,7 @@ class Process:
                 found[way] |= {"sent": self.sent, "received": self.received, "memory_growth": grown}
                 if self.rank >= TRAINERS and not number:
                     kept[way] = {name: tensor.clone() for name, tensor in self.parameters.items()}
-        held = {name: distributed.local(tensor) for name, tensor in self.parameters.items()}
+        held = {name: parallel.local(tensor) for name, tensor in self.parameters.items()}
         found["holds"] = sum(tensor.numel() for tensor in held.values())
         found["exact"] = all(torch.equal(kept["ours"][name], kept["theirs"][name]) and kept["ours"][name].any()
                              for name in kept.get("ours", ()))  # fmt: skip

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import disk
-from .distributed import ALONE, World, carry, divide, gather_json, own_parameters, together
+from .distributed import ALONE, World, carry, gather_json, together
 from .layout import Place, boxes, hf_tensors, place_of, same_everywhere
 from .model import Model, ModelConfig, fill_scalar_head
+from .parallel import divide, own_parameters
 from .tokenizer import Tokenizer, read_json, write_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

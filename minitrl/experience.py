@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import checkpoint, data, lora, rewards, toy, training
 from .config import CommonOptions, require
-from .distributed import World, gather_ragged, own_parameters, print0, sum_, together
+from .distributed import World, gather_ragged, print0, sum_, together
 from .packing import Pack, pack_groups, plan_micro_batches
+from .parallel import own_parameters
 from .rollout import context_length
 from .sampling import Sampling
 from .state import read

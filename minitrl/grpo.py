@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ahead, distributed, experience, lora, losses, rollout_client, runs, toy, training
+from . import ahead, distributed, experience, lora, losses, parallel, rollout_client, runs, toy, training
 from .config import parse
 from .experience import PATIENCE, RolloutOptions, Rollouts
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.Run(config, world)
     policy, tokenizer, rows, functions, eval_rows, eval_functions = experience.load(config, run)
     reference = experience.reference_of(policy, config, world) if config.beta else None
-    moving = distributed.own_parameters(reference) if config.sync_ref_model else {}
+    moving = parallel.own_parameters(reference) if config.sync_ref_model else {}
     mixture = {name: p.float() for name, p in moving.items()}
     policy.gradient_checkpointing = config.gradient_checkpointing
     optimizer = training.optimizer_of(policy, config, world)
@@ -286,8 +286,8 @@ def mix(reference, mixture: dict[str, Tensor], policy, alpha: float) -> None:
 
     The float32 `mixture` adds up what a bfloat16 reference would round away, all of it at a small alpha.
     """
-    theirs = distributed.own_parameters(policy)
-    for name, ours in distributed.own_parameters(reference).items():
+    theirs = parallel.own_parameters(policy)
+    for name, ours in parallel.own_parameters(reference).items():
         ours.copy_(mixture[name].lerp_(theirs[name].to(mixture[name].dtype), alpha))
 
 

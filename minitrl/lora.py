@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from . import checkpoint, disk, runs
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from .config import parse
-from .distributed import ALONE, World, own_parameters, print0
+from .distributed import ALONE, World, print0
 from .layout import hf_tensors
 from .model import Linear, Model
+from .parallel import own_parameters
 from .tokenizer import Tokenizer, read_json, write_json
 
 MERSENNE = 2**31 - 1  # a product of two numbers below it fits into int64

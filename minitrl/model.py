@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .distributed import ALONE, World, collect, gather, local, scatter
+from .distributed import ALONE, World
 from .kernels.attention import attention
 from .kernels.linear import linear, logits, swiglu
 from .kernels.token_logprob import SPLIT, cuts, token_logprob, token_logprob_sum
 from .packing import Pack, pack
+from .parallel import collect, gather, local, scatter
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -39,11 +39,12 @@ from torch.utils.flop_counter import flop_registry
 
 from . import checkpoint, distributed, grpo, layout, runs, training
 from .config import parse, require
-from .distributed import World, local
+from .distributed import World
 from .experience import Rollouts
 from .kernels import targets
 from .kernels.token_logprob import SPLIT
 from .model import ModelConfig
+from .parallel import local
 from .tokenizer import read_json
 
 GIB = 2**30

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, data, lora, runs
-from .distributed import World, any_true, local, sum_
+from .distributed import World, any_true, sum_
 from .layout import held, place_of, same_everywhere
+from .parallel import local
 from .state import read
 
 
@@ -41,7 +42,7 @@ class Optimizer:
     float64 model are their own masters. Gradients, too, add up in float32: a hook moves each parameter's bfloat16
     gradient over as soon as backward has made it, so that the bfloat16 gradients never stand in memory together.
 
-    Of a model that is divided (distributed.divide, Model's `tensor`) each process has the masters of its own part:
+    Of a model that is divided (parallel.divide, Model's `tensor`) each process has the masters of its own part:
     FSDP2's parameters are float32 then. FSDP2 has summed their gradients over world.data before `step`.
 
     Norms' weights and biases (one dimension) get no weight decay. `max_grad_norm=0` does not clip.

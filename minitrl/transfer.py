@@ -33,8 +33,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .distributed import World, _named, gather_json, local
+from .distributed import World, _named, gather_json
 from .layout import Box, Place, boxes, common
+from .parallel import local
 
 BUCKET = 4 * 2**20  # bytes
 NothingYet = dist.DistStoreError  # a store's wait was over before what was waited for came

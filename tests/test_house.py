@@ -14,30 +14,31 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "ahead experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data "
-    "packing pairs checkpoint disk state layout lora model tokenizer distributed config kernels web".split()
+    "packing pairs checkpoint disk state layout parallel lora model tokenizer distributed config kernels web".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
     "experience": set(
-        "rollout rollout_client sampling rewards packing distributed config data checkpoint state lora training toy".split()
+        "rollout rollout_client sampling rewards packing parallel distributed config data checkpoint state lora training toy".split()
     ),
     "ahead": {"experience", "data", "training"},
-    "training": {"distributed", "layout", "state", "checkpoint", "packing", "runs", "data", "lora"},
+    "training": {"parallel", "distributed", "layout", "state", "checkpoint", "packing", "runs", "data", "lora"},
     "runs": {"distributed", "checkpoint", "state", "console"},
     "pairs": {"config", "data", "distributed", "packing"},
     "toy": {"model", "tokenizer", "training", "losses", "packing", "distributed", "data"},
     "rollout": {"sampling", "distributed", "model", "packing", "tokenizer", "kernels"},
+    "parallel": {"distributed"},
     "lockstep": {"rollout", "sampling", "distributed", "transfer"},
     "layout": {"model", "distributed", "kernels"},
-    "checkpoint": {"model", "tokenizer", "layout", "distributed", "disk"},
+    "checkpoint": {"parallel", "model", "tokenizer", "layout", "distributed", "disk"},
     "disk": {"distributed"},
     "state": {"disk", "distributed", "layout", "tokenizer"},
     "rewards": {"model", "disk", "checkpoint", "tokenizer", "pairs", "packing"},
-    "lora": {"model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
+    "lora": {"parallel", "model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
     "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "model"},
-    "transfer": {"distributed", "layout"},
+    "transfer": {"parallel", "distributed", "layout"},
     "web": {"data"},
-    "model": {"distributed", "kernels", "packing"},
+    "model": {"parallel", "distributed", "kernels", "packing"},
     "losses": {"kernels"},
     **{script: LIBRARY for script in SCRIPTS},
     **{script: LIBRARY | {"toy"} for script in ("grpo", "sft", "reward", "dpo", "ppo", "server")},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from minitrl import checkpoint, distributed, layout, losses, training
+from minitrl import checkpoint, distributed, layout, losses, parallel, training
 from minitrl.distributed import World
 from minitrl.model import Model, ModelConfig
 from minitrl.packing import pack_groups, plan_micro_batches
@@ -74,7 +74,7 @@ def train(model: Model, world: World, capacity: int, dtype=torch.float64) -> lis
 
 def parts_of(model: Model, world: World) -> dict[str, torch.Tensor]:
     """This process's part of each of the checkpoint's tensors, by its box."""
-    parameters = {name: distributed.local(p.detach()) for name, p in model.named_parameters()}
+    parameters = {name: parallel.local(p.detach()) for name, p in model.named_parameters()}
     found = {}
     for box in layout.boxes(model.config, layout.place_of(world)):
         found[box] = parameters[box.parameter][box.at : box.at + box.shape[0]].reshape(box.shape)

@@ -18,7 +18,7 @@ from miniature import CHARACTERS, apart
 from processes import run_processes
 from serving import ask
 
-from minitrl import checkpoint, distributed, lockstep, rollout, runs, transfer
+from minitrl import checkpoint, distributed, lockstep, parallel, rollout, runs, transfer
 from minitrl.distributed import ALONE
 from minitrl.kernels.token_logprob import SPLIT
 from minitrl.lockstep import aside
@@ -335,7 +335,7 @@ def trained(folder, url, mesh, dtype):
     for factor in (1.1, 0.9):
         with torch.no_grad():
             for p in (*model.parameters(), *whole.parameters()):
-                distributed.local(p).mul_(factor)
+                parallel.local(p).mul_(factor)
         mine = PROMPTS[3 * world.rank : 3 * world.rank + 3]
         seeds = list(range(3 * world.rank, 3 * world.rank + 3))
         samples = remote.generate(mine, seed=seeds, **OPTIONS)
@@ -372,7 +372,7 @@ def through_a_loss(folder, url):
     whole, _ = changed(folder)
     with torch.no_grad():
         for p in model.parameters():
-            distributed.local(p).mul_(1.1)
+            parallel.local(p).mul_(1.1)
     remote = RemoteEngine([url], model, tokenizer, world, timeout_s=100)
     mine, options = [PROMPTS[world.rank]], OPTIONS | {"max_tokens": 80}
     samples = remote.generate(mine, seed=7, **options)

@@ -16,7 +16,7 @@ from processes import run_processes
 from safetensors import safe_open
 from test_layouts import FAMILY, SHAPE, parts_of, whole_model
 
-from minitrl import checkpoint, disk, distributed, layout, training
+from minitrl import checkpoint, disk, distributed, layout, parallel, training
 from minitrl.distributed import ALONE, World
 from minitrl.model import ModelConfig
 from minitrl.state import Pieces, load_state, save_state
@@ -277,7 +277,7 @@ def load_and_go_on(mesh: tuple, folder: str) -> None:
     largest = 16_000 * 1024 * 4
     with PeakMemory() as loading:
         model, _ = checkpoint.load(folder, torch.float32, world=world)
-    mine = sum(p.numel() for p in distributed.own_parameters(model).values()) * 4
+    mine = sum(p.numel() for p in parallel.own_parameters(model).values()) * 4
     optimizer = training.Optimizer(model, world)
     optimizer.step(0.0)
     keepers = distributed.keepers(world, PATIENCE_S)
