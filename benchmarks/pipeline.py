@@ -105,13 +105,19 @@ def run(stage: str, command: str, folder: Path, seed: int, data: str, reward: st
     row |= {"before": held_out[0], "after": held_out[-1]}
     rewards = [metric["reward"] for metric in metrics if "reward" in metric]
     if rewards:
-        quarter = max(2, len(rewards) // 4)
-        first, last = rewards[:quarter], rewards[-quarter:]
-        error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / quarter)
-        row["reward"] = {"first_quarter": statistics.mean(first), "last_quarter": statistics.mean(last)}
-        row["reward"] |= {"standard_error_of_the_difference": error, "steps": rewards}
+        row["reward"] = rise(rewards)
     print({name: value for name, value in row.items() if name not in ("command", "reward")}, flush=True)
     return row
+
+
+def rise(rewards: list[float]) -> dict:
+    """Mean rewards of the first and of the last half of the generations, of which several steps may have been made."""
+    each = [value for before, value in zip([None, *rewards], rewards) if value != before]
+    half = len(each) // 2
+    first, last = each[:half], each[-half:]
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / half)
+    found = {"first_half": statistics.mean(first), "last_half": statistics.mean(last)}
+    return found | {"standard_error_of_the_difference": error, "generations": each}
 
 
 def main() -> None:

@@ -27,8 +27,9 @@ READING_ORDER = (
     "minitrl/evaluate.py minitrl/chat.py minitrl/server.py minitrl/web.py minitrl/rollout_client.py minitrl/transfer.py "
     "kernels/targets.py kernels/grpo_loss_triton.py kernels/token_logprob_triton.py kernels/logits_logprob_triton.py "
     "kernels/attention_triton.py kernels/decode_triton.py kernels/matmul.py kernels/matmul_triton.py "
+    "minitrl/distributed.py minitrl/parallel.py minitrl/layout.py minitrl/lockstep.py minitrl/ahead.py minitrl/plan.py "
     "minitrl/rewards.py minitrl/data.py minitrl/training.py minitrl/runs.py minitrl/console.py "
-    "minitrl/distributed.py minitrl/checkpoint.py minitrl/tokenizer.py minitrl/config.py minitrl/toy.py"
+    "minitrl/checkpoint.py minitrl/state.py minitrl/disk.py minitrl/tokenizer.py minitrl/config.py minitrl/toy.py"
 ).split()
 
 # TRL's defaults by version: huggingface/trl v1.16.0 and v0.16.0, grpo_config.py. None: TRL has no such option there.
@@ -223,6 +224,49 @@ def plan_check() -> str:
     return markdown(head, rows) + f"\n\n`{result('plan_check')['command']}`"
 
 
+def staleness() -> str:
+    """Sampling ahead beside sampling and training by turns."""
+    rows = []
+    for row in result("staleness")["rows"]:
+        curve = ", ".join(f"{step}: {accuracy:.3f}" for step, accuracy in row["accuracies"])
+        rows.append([row["max_staleness"], row["seed"], curve, f"{row['step_time']:.3f} s"])
+    head = ["`max_staleness`", "seed", "held-out accuracy by step", "median step"]
+    return markdown(head, rows) + f"\n\n`{result('staleness')['command']}`"
+
+
+def transfer() -> str:
+    """Both ways of sending weights."""
+    found = result("transfer")
+    seconds, ratio, load = found["median"], found["theirs / ours"], found["load_average"]
+    rows = [["shard to shard", f"{seconds['ours']:.3f} s"], ["parameter by parameter", f"{seconds['theirs']:.3f} s"]]
+    rows += [["ratio", f"**{ratio:.2f}**"], ["bytes that a sampler gets", f"{found['ranks'][-1]['ours']['received']:,}"]]
+    return markdown(["", ""], rows) + f"\n\n`{found['command']}` (load average {load:.0f} on {found['cores']} cores)"
+
+
+def by_hand() -> str:
+    """A layout's step, ours and a script's."""
+    rows = []
+    for row in result("by_hand")["rows"]:
+        seconds, ratio = row["seconds"], row["ours over by hand"]
+        rows.append([row["layout"], *(f"{seconds[side]:.2f} s" for side in ("ours", "by hand")), f"**{ratio:.2f}**"])
+    head = ["layout, 2 processes", "minitrl", "by hand", "ours / by hand"]
+    return markdown(head, rows) + f"\n\n`{result('by_hand')['command']}`"
+
+
+def pipeline(name: str) -> str:
+    """Stages, what each did to its held-out data, and how rewards rose."""
+    rows = []
+    for row in result(f"pipeline_{name}")["rows"]:
+        held_out = [f"{n.removeprefix('eval/')} {row['before'][n]:.3f} → {row['after'][n]:.3f}" for n in row["before"]]
+        reward, rose = row.get("reward"), ""
+        if reward:
+            rise = reward["last_half"] - reward["first_half"]
+            rose = f"{rise:+.3f} ± {reward['standard_error_of_the_difference']:.3f}"
+        rows.append([row["stage"], row["seed"], ", ".join(held_out), rose, row["steps"], f"{row['seconds']:.0f} s"])
+    head = ["stage", "seed", "held-out, before → after", "reward, last less first half", "steps", "whole command"]
+    return markdown(head, rows) + f"\n\n`{result(f'pipeline_{name}')['command']}`"
+
+
 def first_sentence(path: str) -> str:
     text = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
     return " ".join(text.split("\n\n")[0].split())
@@ -310,6 +354,11 @@ TABLES = {
     "family": family,
     "layouts": layouts,
     "plan_check": plan_check,
+    "by_hand": by_hand,
+    "transfer": transfer,
+    "staleness": staleness,
+    "pipeline_embedded": lambda: pipeline("embedded"),
+    "pipeline_real": lambda: pipeline("real"),
     "packing": packing,
     "server_load": server_load,
     "options_sft": lambda: options(sft, CommonOptions),
