@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import minitrl
+import minitrl.layout
 from benchmarks import real
 from minitrl.data import load_prompts
 from minitrl.rewards import BUILT_IN
@@ -171,7 +172,7 @@ def test_a_converted_model_is_loaded_whole(tmp_path):
     assert config.rms_norm_eps == 1e-5 and config.tie_word_embeddings and config.rope["rope_theta"] == 100000
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, KV_HEADS, SIZE)
     parameters = dict(model.named_parameters())
-    for name, (parameter, rows, shape) in minitrl.model.hf_tensors(config).items():
+    for name, (parameter, rows, shape) in minitrl.layout.hf_tensors(config).items():
         got = parameters[parameter][rows] if rows is not None else parameters[parameter]
         assert torch.equal(got, torch.from_numpy(theirs[name]).bfloat16().float()), name
     assert tokenizer.end_ids == (2,)
