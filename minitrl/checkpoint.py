@@ -296,7 +296,6 @@ def _save_weights(model: Model, folder: Path, dtype: torch.dtype, max_shard_byte
                 deque(tensors, maxlen=0)
 
 
-@torch.no_grad()
 def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator[Tensor | None]:
     """Tensor after tensor, in a file's order, whole and on the CPU on rank `writer`, which gets the others' boxes."""
     tensors, parameters = world.tensor.size, own_parameters(model)

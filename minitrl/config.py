@@ -58,7 +58,7 @@ REPLACED = {
     "deepspeed": "--shard N (as ZeRO-3), --cpu_offload, --replicate",
     "fsdp": "--shard N",
     "fsdp_config": "--shard N, --replicate M, --cpu_offload",
-    "tensor_parallel_size": "--tensor N (the trainer's), --rollout_tensor N (the sampler's)",
+    "tensor_parallel_size": "--tensor N",
     "torch_compile": "nothing: blocks are not compiled; what pays is written by hand (kernels/)",
     "use_rslora": "--lora_alpha times the square root of --lora_r: rank-stabilised scaling itself is not supported",
     "use_dora": "nothing: DoRA is not supported, adapters are plain low-rank ones (--use_peft)",

@@ -231,7 +231,7 @@ def test_one_bad_slice_keeps_all_the_old_ones(folder, receiver):
 
 def test_a_slice_that_does_not_come_keeps_nobody_waiting(folder):
     """One of two gets all of its own, the other nothing: the server answers on, and then gives the update up."""
-    with served(folder, transfer_timeout=4) as server:
+    with served(folder, transfer_timeout=15) as server:
         model, _ = changed(folder)
         tensors, state = {name: p.detach() for name, p in model.named_parameters()}, ask(server.url, "/weights")[1]
         route = serving.meet(server.url, model.config, 3)
