@@ -151,7 +151,7 @@ def test_workers_end_with_a_killed_torchrun(folder, worker, tmp_path):  # noqa: 
 @pytest.mark.slow
 def test_a_stopped_rank(folder, undisturbed, worker, tmp_path):  # noqa: F811
     """SIGSTOP: the other waits --timeout, says for whom and in what, and all start again."""
-    words = [*words_of(folder, tmp_path / "run"), "--timeout", "10", "--resume"]
+    words = [*words_of(folder, tmp_path / "run", timeout=10), "--resume"]
     with none_left(str(worker)):
         options = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
         job = torchrun(worker, words, *options, FAULT="stop,1,2")
