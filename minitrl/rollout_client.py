@@ -65,8 +65,11 @@ class OwnEngine(Engine):
     one process. All of `world` call `generate` at the same places: first the weights are brought over."""
 
     def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, tensor: World, **options):
-        with torch.device("meta"):
-            model = Model(policy.config, tensor).to(dtype)
+        try:
+            with torch.device("meta"):
+                model = Model(policy.config, tensor).to(dtype)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--tensor ", "--rollout_tensor ")) from None
         super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
         self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, tensor.size)
 

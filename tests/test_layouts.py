@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import run_processes
 
-from minitrl import checkpoint, distributed, layout, losses, parallel, training
+from minitrl import checkpoint, distributed, layout, losses, parallel, rollout_client, training
 from minitrl.distributed import World
 from minitrl.model import Model, ModelConfig
 from minitrl.packing import pack_groups, plan_micro_batches
@@ -193,3 +193,9 @@ def test_bfloat16_shards_compute_what_a_bfloat16_model_does():
     model = whole_model("llama").bfloat16()
     expected = weighted_sum(model, True)
     run_processes(bfloat16_shard, 2, expected, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_a_sampler_that_does_not_divide_is_refused_by_its_own_option():
+    model, three = whole_model("llama"), World(0, 3, CPU)
+    with pytest.raises(ValueError, match="--rollout_tensor 3: does not divide the model's num_attention_heads, 8"):
+        rollout_client.OwnEngine(model, None, torch.float32, three, three)
