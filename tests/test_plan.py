@@ -97,6 +97,8 @@ def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, option
             ours, theirs = pretended[phase], real[phase]
             peaks = sum(ours.pop("peak").values()), sum(theirs.pop("peak").values())
             assert peaks[0] == pytest.approx(peaks[1], rel=plan.NOTED - 1), (name, phase)
+            for side in (ours, theirs):  # gloo's own thread may hold what the metrics were sent in a moment longer
+                assert side["kept"].pop("in transit", 0) < 64, (name, phase)
             assert ours == theirs, (name, phase)
 
 
