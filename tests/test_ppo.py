@@ -699,8 +699,8 @@ def test_kill_9(tiny, tmp_path, undisturbed, where):
     hook = functools.partial(at, *FAULTS[where], die)
     assert launch(arguments, hooks={0: hook}, main=ppo.main).code == -signal.SIGKILL
     outcome = launch([*arguments, "--resume"], main=ppo.main)
-    saved = {"backward": 6, "value model": 8}.get(where, 3)
-    assert outcome.code == 0 and f"--resume: going on after step {saved}\n" in outcome.out, outcome
+    saved = {"backward": "(3|6)", "value model": "8"}.get(where, "3")  # step 6 was being written while 7 computed
+    assert outcome.code == 0 and re.search(f"--resume: going on after step {saved}\n", outcome.out), outcome
     assert_same_end(undisturbed(dtype), tmp_path)
 
 
