@@ -6,6 +6,7 @@ happened to: to the bit on the same processes, to 1e-12 (in float64) on others.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -127,7 +128,8 @@ def test_a_killed_rank_is_started_again(folder, undisturbed, worker, tmp_path): 
         job = torchrun(worker, words, *options, FAULT="kill,1,2")
         said, _ = job.communicate(timeout=300)
         assert job.returncode == 0, said
-    assert "--resume: no checkpoint yet, starting over" in said and "--resume: going on after step 2\n" in said, said
+    assert "--resume: no checkpoint yet, starting over" in said, said
+    assert re.search("--resume: going on after step [12]\n", said), said  # 2 was being written while 3 computed
     assert_same_end(tmp_path / "run", undisturbed)
 
 

@@ -460,7 +460,8 @@ def test_resumed_to_the_bit(tiny, tmp_path):
     hook = functools.partial(at, "minitrl.losses:grpo_loss", 3, 2, die)
     assert launch(argv, hooks={0: hook}).code == -signal.SIGKILL
     outcome = launch([*argv, "--resume"])
-    assert outcome.code == 0 and "going on after step 3" in outcome.out, outcome
+    known = ("going on after step 2", "going on after step 3")  # the third was being written while the fourth computed
+    assert outcome.code == 0 and any(step in outcome.out for step in known), outcome
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "killed")
     for file in ("completions.jsonl", "checkpoints/step_4/optimizer.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes(), file
