@@ -262,7 +262,8 @@ def pipeline(name: str) -> str:
         if reward:
             rise = reward["last_half"] - reward["first_half"]
             rose = f"{rise:+.3f} ± {reward['standard_error_of_the_difference']:.3f}"
-        rows.append([row["stage"], row["seed"], ", ".join(held_out), rose, row["steps"], f"{row['seconds']:.0f} s"])
+        spent = f"{row['cpu_seconds']:.0f} core-seconds"
+        rows.append([row["stage"], row["seed"], ", ".join(held_out), rose, row["steps"], spent])
     head = ["stage", "seed", "held-out, before → after", "reward, last less first half", "steps", "whole command"]
     return markdown(head, rows) + f"\n\n`{result(f'pipeline_{name}')['command']}`"
 
