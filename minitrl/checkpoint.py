@@ -309,7 +309,9 @@ def _gathered(model: Model, shapes: dict, writer: int, world: World) -> Iterator
         dtype, shape = shapes[name]
         whole = torch.empty(shape, dtype=dtype) if world.rank == writer else None
         for rank, box in holders[name]:
-            part = torch.empty(box.shape, dtype=dtype) if rank != world.rank == writer else None
+            part = None  # the one before goes before this one comes
+            if rank != world.rank == writer:
+                part = torch.empty(box.shape, dtype=dtype)
             if rank == world.rank:
                 part = parameters[box.parameter][box.at : box.at + box.shape[0]].to("cpu", dtype).contiguous()
             if rank != writer and part is not None:

@@ -23,7 +23,7 @@ import trl
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minitrl import grpo, losses, rewards, rollout_client
+from minitrl import distributed, grpo, losses, rewards, rollout_client
 from minitrl.layout import hf_tensors
 from minitrl.rollout import Completion
 
@@ -136,6 +136,8 @@ def reward_names(world: World, options: dict) -> list[str]:
 
 class FixedEngine:
     """Stands in for rollout.Engine and answers with the completions that are given."""
+
+    tensor = distributed.ALONE
 
     def __init__(self, world: World, tokenizer):
         self.world, self.tokenizer = world, tokenizer
