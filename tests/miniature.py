@@ -107,13 +107,19 @@ class Tiny:
         return words
 
 
-def make(folder: Path) -> Tiny:
-    """Write a random Llama of 17 tokens, 50 sums as prompts, and the rewards."""
-    vocabulary = {character: i for i, character in enumerate(["<eos>", *CHARACTERS])}
+def backend_of(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """One token a character, or what stands for unknown ones and the end: <eos>."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     backend.add_special_tokens(["<eos>"])
+    return backend
+
+
+def make(folder: Path) -> Tiny:
+    """Write a random Llama of 17 tokens, 50 sums as prompts, and the rewards."""
+    vocabulary = {character: i for i, character in enumerate(["<eos>", *CHARACTERS])}
+    backend = backend_of(vocabulary)
     config = ModelConfig.from_hf({
         "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,

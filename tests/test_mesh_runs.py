@@ -20,9 +20,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from miniature import launch, rows, steps, untimed
+from miniature import backend_of, launch, rows, steps, untimed
 from processes import run_processes
 from safetensors.torch import load_file
 
@@ -61,10 +60,7 @@ def folder(tmp_path_factory) -> Path:
     path, draw = tmp_path_factory.mktemp("mesh"), random.Random(0)
     characters = [chr(0x4E00 + i) for i in range(VOCABULARY - 1)]
     vocabulary = {character: i for i, character in enumerate(["<eos>", *characters])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(["<eos>"])
+    backend = backend_of(vocabulary)
     config = ModelConfig.from_hf({
         "model_type": "qwen2", "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import serving
 import torch
-from miniature import CHARACTERS, apart
+from miniature import CHARACTERS, apart, backend_of
 from processes import run_processes
 from serving import ask
 
@@ -37,13 +37,8 @@ OPTIONS = {"n": 3, "max_tokens": 12, "temperature": 0.9, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model of a vocabulary that two processes can share."""
-    import tokenizers
-
     vocabulary = {c: i for i, c in enumerate(["<eos>", *CHARACTERS])} | {f"t{i}": i for i in range(17, 2 * SPLIT + 40)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.add_special_tokens(["<eos>"])
+    backend = backend_of(vocabulary)
     config = ModelConfig.from_hf({
         "model_type": "qwen2", "vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
