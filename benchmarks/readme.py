@@ -197,17 +197,18 @@ def defaults() -> str:
 
 
 def layouts() -> str:
-    """The layout for each model and number of H100s, as minitrl.plan has it."""
+    """The layout for each model and number of GPUs, H100 where nothing else is said, as minitrl.plan has it."""
     rows = []
     for row in result("layouts")["rows"]:
-        options, memory, took = row["options"], row["memory"], row["seconds"]["H100"]
+        options, memory = row["options"], row["memory"]
+        gpus, took = f"{row['gpus']} {options['gpu']}".removesuffix(" H100"), row["seconds"][options["gpu"]]
         mesh = " ".join(f"--{name} {options[name]}" for name in ("replicate", "shard", "tensor") if options[name] > 1)
         mesh += " --cpu_offload" * options["cpu_offload"]
         tokens = options["tokens_per_microbatch"] * options["num_micro_batches"] / options["tensor"]
         rate = f"{tokens / took['step']:,.0f}"
         sampler = f"--rollout_tensor {options['rollout_tensor']}"
         cells = [f"{memory['peak'] / 2**30:.1f} GiB", f"{options['tokens_per_microbatch']:,}", rate]
-        rows.append([row["model"], row["gpus"], f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
+        rows.append([row["model"], gpus, f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
     head = ["model", "GPUs", "trainer", "sampler", "peak of a GPU", "tokens a micro-batch", "tokens/s of a GPU"]
     return markdown(head, rows) + f"\n\n`{result('layouts')['command']}`"
 

@@ -45,6 +45,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = None  # None: all processes
     parts: dict[str, "World"] = field(default_factory=dict)  # of the mesh, where there is one
+    option: str = "--tensor"  # how the user asked for this `tensor`, for who cannot be divided so
 
     @property
     def data(self) -> "World":
@@ -157,8 +158,8 @@ def mesh_sizes(size: int, replicate: int | None, shard: int | None, tensor: int)
     return replicate, shard, tensor
 
 
-def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> World:
-    """The same world with its `parts`, each a process group of its own."""
+def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float, option: str = World.option) -> World:
+    """The same world with its `parts`, each a process group of its own. option: that gave its `tensor`."""
     ranks = torch.arange(world.size).view(mesh)
     kept = {"replicate": (0,), "shard": (1,), "tensor": (2,), "data": (0, 1)}
     parts = {}
@@ -169,7 +170,7 @@ def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> Wor
         group = None
         if len(mine) > 1:
             group, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_s))
-        parts[name] = World(mine.index(world.rank), len(mine), world.device, group)
+        parts[name] = World(mine.index(world.rank), len(mine), world.device, group, option=option)
     return World(world.rank, world.size, world.device, None, parts)
 
 

@@ -57,7 +57,7 @@ def engine_of(config, policy, tokenizer, world: World):
     R = config.rollout_tensor or world.tensor.size
     if world.shard.size == 1 and world.tensor.size == R:
         return Engine(policy, tokenizer, **options)
-    mesh = with_mesh(world, (world.size // R, 1, R), config.timeout)
+    mesh = with_mesh(world, (world.size // R, 1, R), config.timeout, "--rollout_tensor")
     return OwnEngine(policy, tokenizer, getattr(torch, config.dtype), world, mesh.tensor, **options)
 
 
@@ -66,11 +66,8 @@ class OwnEngine(Engine):
     one process. All of `world` call `generate` at the same places: first the weights are brought over."""
 
     def __init__(self, policy, tokenizer, dtype: torch.dtype, world: World, tensor: World, **options):
-        try:
-            with torch.device("meta"):
-                model = Model(policy.config, tensor).to(dtype)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--tensor ", "--rollout_tensor ")) from None
+        with torch.device("meta"):
+            model = Model(policy.config, tensor).to(dtype)
         super().__init__(model.to_empty(device=world.device), tokenizer, deterministic=policy.deterministic, **options)
         self.policy, self.dtype, self.route = policy, dtype, transfer.within(world, policy.config, tensor.size)
 
@@ -118,7 +115,7 @@ class _Server:
                 connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
                 response = connection.getresponse()
                 content = response.read(MAX_ANSWER)
-            answer = data._parse(content)
+            answer = data.strict_json(content)
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise Lost(f"{type(error).__name__}: {str(error)[:200]}") from None
         if response.status == 200:

@@ -405,6 +405,12 @@ def test_what_is_not_built_is_refused_by_name(folder, tmp_path, options, said):
     assert outcome.codes == [1, 1] and said in outcome.err, outcome.err
 
 
+def test_a_samplers_slices_are_refused_by_their_own_name(folder, tmp_path):
+    outcome = launch(argv(folder, "grpo", tmp_path, rollout_tensor=4), 4)
+    message = "error: --rollout_tensor 4: does not divide the model's num_key_value_heads, 2"
+    assert outcome.codes == [1] * 4 and message in outcome.err, outcome.err
+
+
 @pytest.mark.parametrize("name", ["rollout_tensor", "rollout_cache_gib"])
 def test_a_server_has_slices_and_a_cache_of_its_own(folder, tmp_path, capsys, name):
     with pytest.raises(SystemExit):
