@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 from pathlib import Path
 
 import miniature
@@ -18,6 +19,7 @@ from minitrl.losses import sampling_weights
 from minitrl.packing import pack, pack_groups
 from minitrl.rollout import Engine, PagePool
 from minitrl.sampling import Sampling
+from minitrl.tokenizer import RENDERING, _limited_memory
 
 
 def finish(engine):
@@ -107,6 +109,19 @@ def generate_within(bound: int) -> None:
 def test_the_process_stays_within_the_bound():
     """129 pages: one more than where the memory of an unbounded cache is doubled, which holds old and new for a moment."""
     run_processes(generate_within, 1, 129 * 16 * 2 * 16 * 4 * 64 * 4)
+
+
+def test_growing_waits_for_a_rendering(monkeypatch):
+    """While a chat template is rendered the whole process's memory is limited: a cache that grows would hit that."""
+    monkeypatch.setattr("minitrl.tokenizer.MAX_TEMPLATE_MEMORY", 2**20)
+    pool = PagePool(tiny().layers, 2**16, None, torch.zeros(1))  # 64 pages of it are some GiB, on which nobody writes
+    thread = threading.Thread(target=pool.take, args=(1,))
+    with RENDERING, _limited_memory():
+        thread.start()
+        thread.join(0.2)
+        assert pool.pages.numel() == 0
+    thread.join()
+    assert len(pool.references) == 64
 
 
 def test_a_bound_beyond_the_machine_is_refused():
