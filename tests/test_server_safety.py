@@ -586,8 +586,9 @@ def test_a_trainer_that_dies_amid_an_update_leaves_the_old_weights(server, piece
     route.link.close()
     thread.join()
     status, answer = got[0]
-    phase = ("bucket 1 of the weights", "bucket 3 of the weights", "waiting until all have verified")[pieces]
-    assert status == 409 and f"the old weights serve on: rank 1 of 2, {phase}" in answer["error"]["message"]
+    # Who leaves before the first byte may be missed when connections are made, or when that byte is waited for.
+    phase = ("(starting to exchange|bucket 1 of the) weights", "bucket 3 of the weights", "waiting until all have verified")
+    assert status == 409 and re.search(f"the old weights serve on: rank 1 of 2, {phase[pieces]}", answer["error"]["message"])
     assert transfer.digest(server.worker.tensors) == before == server.worker.digest and server.worker.version == 0
     meet(server, 6).link.close()  # a second client is taken at once
 
