@@ -12,7 +12,8 @@ weights sent, over a bridge (transfer.py) to each; a request names the digest th
 server that has other weights refuses. So one that was restarted, or that took part in another run, serves nothing
 before it is up to date. Where the trainers' mesh divides the policy each of its first replica's processes sends what it
 has, from a thread of its own, when rank 0 says so; where each has the whole, rank 0 alone does, and compares the
-server's log-probs with the policy's own after each update.
+server's log-probs with the policy's own after the first two updates since they met. (What is trained on is compared
+anyway: sampling/kl.)
 
 What is asked for in the background (`ask`; ahead.py), while the policy is trained, names a bound instead: the digests
 of all weights since a step, any of which it may begin with. The server goes on with it when newer ones arrive, and
@@ -100,6 +101,7 @@ class _Server:
         self.ready, self.load, self.why = False, 0, "not asked yet"
         self.again, self.delay = 0.0, 0.5  # seconds: when to ask again, and how long to wait after that
         self.route, self.where = None, {}  # to it, and where we have met
+        self.compared = 0  # how often its log-probs, with ours, since then
         self.sockets = weakref.WeakSet()
 
     def ask(self, method: str, path: str, body: dict | None, timeout_s: float) -> dict:
@@ -226,7 +228,8 @@ class RemoteEngine:
             futures = [pool.submit(self._complete, body, over, least) for body in bodies]
             try:
                 open_, ready = set(futures), any(server.ready for server in self.servers)
-                while open_ or not ready:  # with nothing to ask for itself, rank 0 still has to send the weights
+                # With nothing to ask for itself, rank 0 has the weights to send, unless its courier does.
+                while open_ or not (ready or futures or least is not None):
                     done, open_ = wait(open_, 0.2, FIRST_EXCEPTION) if open_ else ((), over.wait(0.2) and ())
                     for future in done:
                         future.result()
@@ -264,8 +267,9 @@ class RemoteEngine:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 self._update(server, state, dtype, described)
-            if self.probe and self.world.rank == 0 and self.senders == 1:
+            if self.probe and self.world.rank == 0 and self.senders == 1 and server.compared < 2:
                 self._compare(server, self.probe)
+                server.compared += 1
         except (Lost, OSError) as error:
             self._leave_out(server, error)
             return
@@ -318,7 +322,7 @@ class RemoteEngine:
         listener = transfer.listen(transfer.local_address(server.host, server.port))
         host, port = listener.getsockname()[:2]
         meeting = {"host": host, "port": port, "generation": time.time_ns() // 10**6, "secret": secrets.token_hex(16)}
-        server.where = meeting | {"url": server.url, "slices": slices}
+        server.where, server.compared = meeting | {"url": server.url, "slices": slices}, 0
         mesh = {"shard": self.mesh[0], "tensor": self.mesh[1]}
         met = pool.submit(server.ask, "POST", "/weights/meet", meeting | mesh, self.timeout_s)
         self._order(server.where, dtype)
