@@ -175,7 +175,8 @@ class RemoteEngine:
             yield
             self._renew(step)
         if self.courier is None and self.world.rank == 0:
-            self.courier = self.background.submit(self._keep_sending)
+            self.courier = threading.Thread(target=self._keep_sending, daemon=True)  # no exit waits for it
+            self.courier.start()
         self.changed.set()
 
     def _keep_sending(self) -> None:
@@ -189,7 +190,7 @@ class RemoteEngine:
         """End what was asked for, and the sending."""
         self.ended.set()
         self.changed.set()
-        while wait([*asked, *filter(None, [self.courier])], 0.1).not_done:
+        while wait(asked, 0.1).not_done or (self.courier and (self.courier.join(0.1) or self.courier.is_alive())):
             with suppress(RuntimeError):  # another is opened just now: the next turn has it
                 for connected in [connected for server in self.servers for connected in server.sockets]:
                     with suppress(OSError):
