@@ -128,6 +128,19 @@ def grpo_step() -> str:
     return markdown(head, rows)
 
 
+def steps() -> str:
+    """SFT's and DPO's optimizer steps against each of TRL's ways."""
+    rows = []
+    for name in ("sft_step", "dpo_step"):
+        unit = result(name)["unit"]
+        for row in result(name)["rows"]:
+            ours, theirs = row["ours"], row[row["against"]]
+            rates = [f"{side['per_second']:.{2 if unit == 'pairs' else 0}f} {unit}/s" for side in (ours, theirs)]
+            memory = f"{ours['peak_gib']:.2f} / {theirs['peak_gib']:.2f} GiB"
+            rows.append([name[:3].upper(), row["against"], *rates, f"**{row['times_as_fast']:.2f}**", memory])
+    return markdown(["step", "TRL 1.16's way", "minitrl", "TRL", "times as fast", "peak memory"], rows)
+
+
 def shown(value) -> str:
     """A default as a table has it."""
     plain = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -351,6 +364,7 @@ TABLES = {
     "toy": lambda: curves("toy"),
     "chain_sum": lambda: curves("chain_sum"),
     "grpo_step": grpo_step,
+    "steps": steps,
     "files": files,
     "defaults": defaults,
     "tests": tests,
