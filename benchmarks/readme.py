@@ -339,10 +339,10 @@ def kernel_bounds() -> str:
     return markdown(["op", "shape", "MB", "GFLOP", *kernels.GPUS], rows)
 
 
-def kernel_times(names: list[str]) -> str:
+def kernel_times(name: str) -> str:
     """Forward and backward by every way; decoding, forward."""
     rows = []
-    for row in (row for name in names for row in result(name)["rows"]):
+    for row in result(name)["rows"]:
         where = [row["op"], row["dtype"], row["shape"], row["way"]]
         if "not_timed" in row:
             rows.append([*where, f"not timed: {row['not_timed']}", "", ""])
@@ -351,13 +351,13 @@ def kernel_times(names: list[str]) -> str:
             spread = f"{row['ms']:.3f} ({row['ms_20']:.3f} to {row['ms_80']:.3f})"
             rows.append([*where, spread, f"{row['share']:.0%} of {row['bound']}", memory])
     head = ["op", "dtype", "shape", "way", "ms, median (20 to 80 %)", "share of the bound", "peak memory"]
-    commands = dict.fromkeys(f"`{result(name)['command']}` on {result(name)['device']}" for name in names)
-    return markdown(head, rows) + "\n\n" + ", ".join(commands)
+    return markdown(head, rows) + f"\n\n`{result(name)['command']}` on {result(name)['device']}"
 
 
-def kernel_gpus() -> str:
-    names = sorted(path.stem for path in RESULTS.glob("kernels_*.json") if path.stem != "kernels_cpu")
-    return kernel_times(names) if names else "*Not measured yet.*"
+def kernel_devices(cpu: bool) -> str:
+    names = sorted(path.stem for path in RESULTS.glob("kernels_*.json"))
+    names = [name for name in names if name.startswith("kernels_cpu_") == cpu]
+    return "\n\n".join(kernel_times(name) for name in names) or "*Not measured yet.*"
 
 
 TABLES = {
@@ -387,8 +387,8 @@ TABLES = {
     "kernel_compile": kernel_compile,
     "kernel_peers": kernel_peers,
     "kernel_bounds": kernel_bounds,
-    "kernel_gpus": kernel_gpus,
-    "kernel_cpu": lambda: kernel_times(["kernels_cpu"]),
+    "kernel_gpus": lambda: kernel_devices(cpu=False),
+    "kernel_cpu": lambda: kernel_devices(cpu=True),
 }
 
 
