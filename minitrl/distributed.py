@@ -22,6 +22,7 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -289,16 +290,17 @@ def carry(tensor: Tensor, source: int, target: int, world: World) -> None:
 
 
 @contextmanager
-def together(what: str, world: World):
+def together(what: str, world: World, tells: Callable[[], bool] = lambda: True):
     """An error inside, on one process, ends the block with an error on all: none waits for what will not come.
 
-    For work without collectives of its own, which all processes enter at the same place.
+    For work without collectives of its own, which all processes enter at the same place. Who fails where others may wait
+    in some (tells() is false) tells nobody, since they would not hear it: that it ends is what wakes them.
     """
     try:
         yield
     except Exception:
         with suppress(ConnectionError):  # what failed here is what the user has to see
-            any_true(True, world)
+            tells() and any_true(True, world)
         raise
     if any_true(False, world):
         raise ConnectionError(f"rank {world.rank} of {world.size}, {what}: another process failed, and says why")

@@ -287,7 +287,7 @@ class Interrupt:
 
 
 class Seconds:
-    """Seconds per phase of a step: `with seconds("generate"): ...`, then `seconds.take()`. One within counts as itself."""
+    """Seconds per phase of a step: `with seconds("generate"): ...`, then `seconds.take()`. One within counts once."""
 
     def __init__(self, device: torch.device):
         self.device, self.phases = device, {}
