@@ -293,7 +293,7 @@ def carry(tensor: Tensor, source: int, target: int, world: World) -> None:
 def together(what: str, world: World, tells: Callable[[], bool] = lambda: True):
     """An error inside, on one process, ends the block with an error on all: none waits for what will not come.
 
-    For work without collectives of its own, which all processes enter at the same place. Who fails where others may wait
+    For work without collectives of its own, which all processes enter at the same place. Who fails where others may be
     in some (tells() is false) tells nobody, since they would not hear it: that it ends is what wakes them.
     """
     try:
