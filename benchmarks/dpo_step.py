@@ -17,19 +17,12 @@ switched off in TRL 1.16. Writes benchmarks/results/dpo_step.json: medians over 
 peak memory. Passes over the reference before the first step, ours and `precomputed`'s, are not counted.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from benchmarks.grpo_step import report, take_turns, wait
+from benchmarks.grpo_step import report, versus, wait
 
-RESULTS = Path(__file__).parent / "results" / "dpo_step.json"
 PAIRS, STEP = 32, 4
 SIDES = {
     "ours": {"examples_per_step": STEP, "tokens_per_microbatch": 1024, "masters and gradients": "float32"},
@@ -67,7 +60,7 @@ def ours(model: str) -> None:
         chosen = [i % PAIRS for i in range(STEP * step, STEP * (step + 1))]
         metrics = dpo.learn(policy, [rows[i] for i in chosen], reference[chosen], chosen, config, world, {"delta": 0}, step)
         optimizer.step(1e-6)
-        report(time.perf_counter() - began)
+        report(time.perf_counter() - began, pairs=STEP)
         assert step or abs(metrics["loss"] - 0.6931) < 0.05, metrics
 
 
@@ -90,7 +83,7 @@ def theirs(side: str, model: str) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            report(time.perf_counter() - self.began)
+            report(time.perf_counter() - self.began, pairs=STEP)
 
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1000,
@@ -102,36 +95,5 @@ def theirs(side: str, model: str) -> None:
     Trainer(model=policy, args=config, train_dataset=data, callbacks=[TakeTurns()], **kept).train()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has transformers and trl")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        sys.stdout = sys.stderr  # what libraries print is not a report
-        return ours(options.model) if options.worker == "ours" else theirs(options.worker, options.model)
-
-    rounds = take_turns(__file__, SIDES, options)
-
-    import torch
-
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-               "torch": torch.__version__, "load_average": os.getloadavg()[0]}  # fmt: skip
-    value = {"command": "python -m benchmarks.dpo_step --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
-             "machine": machine, "sides": {}}  # fmt: skip
-    for side, results in rounds.items():
-        seconds = statistics.median(result["seconds"] for result in results)
-        peak = max(result["peak_gib"] for result in results)
-        value["sides"][side] = {"seconds": seconds, "peak_gib": peak, "settings": SIDES[side], "rounds": results}
-    for side in ("default", "precomputed"):
-        for what in ("seconds", "peak_gib"):
-            name = f"times_as_fast_as_{side}" if what == "seconds" else f"times_the_memory_of_ours_{side}"
-            value[name] = value["sides"][side][what] / value["sides"]["ours"][what]
-            print(f"{name}: {value[name]:.2f}")
-    RESULTS.write_text(json.dumps(value, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    versus(__file__, __doc__, SIDES, ours, theirs, "pairs")

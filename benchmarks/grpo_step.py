@@ -57,6 +57,7 @@ def ours(section: str, dtype: str, model: str):
     import minitrl
     from minitrl import distributed, grpo, packing, training
 
+    world = distributed.start("cpu")  # as every command does first
     policy, tokenizer = minitrl.load(model, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
     if section in ("groups", "rollout"):
@@ -85,7 +86,6 @@ def ours(section: str, dtype: str, model: str):
         dtype=dtype,
         output_dir=tempfile.mkdtemp(),
     )
-    world = distributed.start("cpu")
     run = grpo.runs.Run(config, world)
     messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
     rows = [{"prompt": m, "prompt_ids": tokenizer.prompt_ids(m), "columns": {}} for m in messages]
@@ -225,7 +225,8 @@ def work(side: str, section: str, dtype: str, model: str) -> None:
 
 
 def take_turns(file: str, sides, options, *work: str) -> dict[str, list[dict]]:
-    """What each side's process reports of its rounds, made in turn; the first of each warms up and is not counted.
+    """What each side's process reports of its rounds, made in turn. Every turn is two rounds, the second of which counts:
+    memory that a process left alone while the other had its turn may have been taken from it by the system.
 
     A process is `file --worker SIDE *work`, by the peers' interpreter unless the side is one of OWN.
     """
@@ -237,19 +238,59 @@ def take_turns(file: str, sides, options, *work: str) -> dict[str, list[dict]]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         processes[side] = subprocess.Popen(command, env=os.environ | quiet, stderr=subprocess.DEVNULL, **pipes)
     rounds = {side: [] for side in processes}
-    for number in range(options.rounds + 1):
-        for side, process in processes.items():
+    for side, process in list(processes.items()) * options.rounds:
+        for _ in range(2):
             process.stdin.write("go\n")
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"the process of {side} ended; try: {' '.join(process.args)} and type go")
-            if number:
-                rounds[side].append(json.loads(line))
+        rounds[side].append(json.loads(line))
     for process in processes.values():
         process.kill()
         process.wait()  # its memory is for whoever comes next
     return rounds
+
+
+def versus(file: str, doc: str, settings: dict, ours, theirs, unit: str) -> None:
+    """The command of a script that has `ours` by turns with each other side, two processes at a time.
+
+    A round reports its seconds, how many of `unit` it did, and the peak of memory so far. Rates are compared, since
+    sides may have orders of their own. Writes results/NAME.json after each side.
+    """
+    import torch
+
+    others = [side for side in settings if side != "ours"]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has transformers and trl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=others, default=others)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        sys.stdout = sys.stderr  # what libraries print is not a report
+        return ours(options.model) if options.worker == "ours" else theirs(options.worker, options.model)
+    name = Path(file).stem
+    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    value = {
+        "command": f"python -m benchmarks.{name} --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
+        "machine": machine | {"torch": torch.__version__, "load_average": os.getloadavg()[0]},
+        "unit": unit,
+        "rows": [],
+    }
+    for side in options.sides:
+        rounds, row = take_turns(file, ("ours", side), options), {"against": side}
+        for who, results in rounds.items():
+            rate = statistics.median(result[unit] / result["seconds"] for result in results)
+            peak = max(result["peak_gib"] for result in results)
+            row[who] = {"per_second": rate, "peak_gib": peak, "settings": settings[who], "rounds": results}
+            print(f"{who:>12}: {rate:7.2f} {unit}/s, {peak:.2f} GiB", flush=True)
+        row["times_as_fast"] = row["ours"]["per_second"] / row[side]["per_second"]
+        row["share_of_memory"] = row["ours"]["peak_gib"] / row[side]["peak_gib"]
+        print(f"{row['times_as_fast']:.2f} times as fast as {side}, {row['share_of_memory']:.2f} of its memory", flush=True)
+        value["rows"].append(row)
+        (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
 
 
 def compare(section: str, dtype: str, options) -> dict:

@@ -47,7 +47,9 @@ def ours(section: str, dtype: str, model: str, deterministic: bool):
     import torch
 
     import minitrl
+    from minitrl import distributed
 
+    distributed.start("cpu")  # as every command does first
     policy, tokenizer = minitrl.load(model, dtype=getattr(torch, dtype))
     engine, given = minitrl.Engine(policy, tokenizer, deterministic=deterministic), prompts(section)
     n, fed, forward = 8 if section == "group" else 1, [], policy.hidden

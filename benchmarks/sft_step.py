@@ -17,19 +17,12 @@ count documents' tokens, not padding. Writes benchmarks/results/sft_step.json: f
 rounds, the rounds, each side's peak memory, and the ratio of ours to it.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from benchmarks.grpo_step import take_turns, wait
+from benchmarks.grpo_step import report, versus, wait
 
-RESULTS = Path(__file__).parent / "results" / "sft_step.json"
 SIDES = {
     "ours": {"examples_per_step": 8, "tokens_per_microbatch": 1024, "masters and gradients": "float32"},
     "padded": {"per_device_train_batch_size": 8, "max_length": 512},
@@ -43,14 +36,6 @@ def documents() -> list[list[int]]:
 
     draw = random.Random(0)
     return [[draw.randint(100, 49000) for _ in range(draw.randint(32, 512) - 1)] + [2] for _ in range(64)]
-
-
-def report(seconds: float, tokens: int) -> None:
-    import resource
-
-    unit = 2**20 if sys.platform == "linux" else 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_gib": peak}), file=sys.__stdout__, flush=True)
 
 
 def ours(model: str) -> None:
@@ -70,7 +55,7 @@ def ours(model: str) -> None:
         chosen = data.order(len(rows), 8 * step, 8, config.seed)
         metrics, _ = sft.learn(policy, rows, np.array(chosen), config, world)
         optimizer.step(1e-6)
-        report(time.perf_counter() - began, metrics["tokens"])
+        report(time.perf_counter() - began, tokens=metrics["tokens"])
 
 
 def theirs(side: str, model: str) -> None:
@@ -93,7 +78,7 @@ def theirs(side: str, model: str) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            report(time.perf_counter() - self.began, trainer.tokens)
+            report(time.perf_counter() - self.began, tokens=trainer.tokens)
 
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1000,
@@ -105,40 +90,5 @@ def theirs(side: str, model: str) -> None:
     trainer.train()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--peers", default=sys.executable, help="the interpreter that has transformers and trl")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES)[1:], default=["padded", "padding_free"])
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        sys.stdout = sys.stderr  # what libraries print is not a report
-        return ours(options.model) if options.worker == "ours" else theirs(options.worker, options.model)
-
-    import torch
-
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    value = {
-        "command": "python -m benchmarks.sft_step --model OUT/SmolLM2-135M-Instruct --peers PYTHON",
-        "machine": machine | {"torch": torch.__version__, "load_average": os.getloadavg()[0]},
-        "rows": [],
-    }
-    for side in options.sides:
-        rounds, row = take_turns(__file__, ("ours", side), options), {"against": side}
-        for name, results in rounds.items():
-            # Each side has its own order of documents, so tokens a second are compared, over all rounds.
-            speed = statistics.median(result["tokens"] / result["seconds"] for result in results)
-            peak = max(result["peak_gib"] for result in results)
-            row[name] = {"tokens_per_second": speed, "peak_gib": peak, "settings": SIDES[name], "rounds": results}
-            print(f"{name:>12}: {speed:7.1f} tokens/s, {peak:.2f} GiB", flush=True)
-        row["times_as_fast"] = row["ours"]["tokens_per_second"] / row[side]["tokens_per_second"]
-        row["share_of_memory"] = row["ours"]["peak_gib"] / row[side]["peak_gib"]
-        print(f"{row['times_as_fast']:.2f} times as fast as {side}, {row['share_of_memory']:.2f} of its memory", flush=True)
-        value["rows"].append(row)
-        RESULTS.write_text(json.dumps(value, indent=1) + "\n")  # what is done is kept
-
-
 if __name__ == "__main__":
-    main()
+    versus(__file__, __doc__, SIDES, ours, theirs, "tokens")

@@ -43,7 +43,7 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
-    rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
+    rollout_server: tuple[str, ...] = ()  # URLs of servers that sample, of a vLLM vllm+http://...; none: this process
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     max_staleness: int = 0  # steps that weights may be behind which samples come from; 0: sample and train by turns
     rollout_tensor: int | None = None  # processes that divide every matrix of the sampler; none: --tensor

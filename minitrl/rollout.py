@@ -39,6 +39,7 @@ from .kernels.linear import packed_weights
 from .kernels.token_logprob import token_logprob
 from .model import context_length
 from .sampling import Sampling, check, is_, sample
+from .tokenizer import RENDERING
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Completion:
 
 
 class PagePool:
-    """Pages of keys and values, reference-counted; the memory behind them grows to what is in use, up to `max_pages`.
+    """Pages of keys and values, reference-counted. The memory behind them grows to what is in use, or is `max_pages`.
 
     A full page may have a name, (the name's number of the page before it, its ids), by which `find` finds it. With a
     name it outlives its last reference, until its room is needed: the one that is out of use the longest goes first.
@@ -78,8 +79,12 @@ class PagePool:
         shape = 2, self.layers, pages, *self.shape
         if self.like.device.type != "cpu" or not pages:
             return self.like.new_zeros(shape)
-        # NumPy's take no memory before they are written to: growing never holds more than the pages in use twice.
-        memory = np.zeros(math.prod(shape) * self.like.itemsize, np.uint8)
+        # NumPy's take no memory before they are written to.
+        size = math.prod(shape) * self.like.itemsize
+        try:
+            memory = np.zeros(size, np.uint8)
+        except MemoryError:
+            raise ValueError(f"cache_gib: {size / 2**30:.3g} GiB of keys and values are not to be had") from None
         return torch.from_numpy(memory).view(self.like.dtype).view(shape)
 
     def _hold(self, pages: Tensor) -> None:
@@ -111,8 +116,10 @@ class PagePool:
     def _grow(self, needed: int) -> None:
         old = len(self.references)
         if needed > old:
-            new = min(max(needed, 2 * old, 64), self.max_pages)  # doubling: each page is moved about once
-            pages = self._zeros(new)
+            # Doubling moves each page about once, and holds old and new for a moment. A bound leaves no room for that.
+            new = max(needed, 2 * old, 64) if self.max_pages == math.inf else self.max_pages
+            with RENDERING:
+                pages = self._zeros(new)
             pages[:, :, :old] = self.pages
             self._hold(pages)
             self.references += [0] * (new - old)

@@ -35,6 +35,9 @@ MAX_TEMPLATE_INTEGER_BITS = 4096
 MAX_TEMPLATE_MEMORY = 2**30  # bytes
 MAX_TEMPLATE_SECONDS = 5.0  # of this thread on the processor, so that a machine that is busy or asleep costs nothing
 
+# One rendering at a time: it limits the whole process's memory. Who takes a lot of that at once waits for it, too.
+RENDERING = threading.Lock()
+
 # The tokens that Hugging Face hands to a template as variables, under these names.
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -337,7 +340,8 @@ def _limited_memory():
     """Let the process grow by at most MAX_TEMPLATE_MEMORY inside; beyond it Python raises MemoryError.
 
     Text can be multiplied in too many ways to check each (padding, formatting, joining, doubling in a loop), so the
-    kernel is asked. The limit holds for all threads, which is why it is wide; a rendering takes about 50 us.
+    kernel is asked. The limit holds for all threads, which is why it is wide, and why RENDERING is held; a rendering
+    takes about 50 us.
     """
     if sys.platform != "linux":  # elsewhere the limit is not enforced, or there is none
         yield
@@ -359,7 +363,6 @@ class _Template:
 
     def __init__(self, source: str):
         self.sandbox = _Sandbox()
-        self.lock = threading.Lock()  # the step counter belongs to one rendering at a time
         try:
             tree = self.sandbox.parse(source)
             # The call is made through the environment, not through a name, so no template can rebind it
@@ -373,7 +376,7 @@ class _Template:
 
     def render(self, mark: str = "", **variables) -> str:
         pieces, length = [], 0
-        with self.lock:
+        with RENDERING:
             self.sandbox.mark = mark
             self.sandbox.steps, self.sandbox.deadline = 0, time.thread_time() + MAX_TEMPLATE_SECONDS
             try:

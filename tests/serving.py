@@ -27,7 +27,8 @@ def here(tiny, **options):
     """A server of the tiny model in a thread."""
     model, tokenizer = checkpoint.load(tiny.folder / "model")
     config = server.Config(**{"model": str(tiny.folder / "model"), "served_model_name": "tiny", "port": 0} | options)
-    with server.Server(config, Engine(model, tokenizer, max_batch=config.max_batch)) as running:
+    engine = Engine(model, tokenizer, max_batch=config.max_batch, deterministic=config.deterministic)
+    with server.Server(config, engine) as running:
         threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         yield running
         running.shutdown()

@@ -1,10 +1,14 @@
 """The engine between two steps: requests, memory, the prefix cache, weight updates; and the deterministic mode."""
 
 import math
+import os
+import threading
+from pathlib import Path
 
 import miniature
 import pytest
 import torch
+from processes import run_processes
 from test_rollout import END, MODELS, Letters, assert_same, crowd, full_logprobs, ids_of, prompt_of, tiny
 
 from minitrl.kernels.attention import attention
@@ -15,6 +19,7 @@ from minitrl.losses import sampling_weights
 from minitrl.packing import pack, pack_groups
 from minitrl.rollout import Engine, PagePool
 from minitrl.sampling import Sampling
+from minitrl.tokenizer import RENDERING, _limited_memory
 
 
 def finish(engine):
@@ -77,6 +82,51 @@ def test_the_bound_in_bytes():
         Engine(model, Letters(), cache_gib=1, max_pages=3)
     with pytest.raises(ValueError, match="cache_gib must be positive; got -1"):
         Engine(model, Letters(), cache_gib=-1)
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS, or the most there were, VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def generate_within(bound: int) -> None:
+    """More than twice what fits into the bound. A process may hold, beside it, one layer's keys and values of all rows,
+    gathered, and once more since the allocator keeps some; logits, their float32 and float64; and 16 MiB of small
+    things and holes."""
+    model = tiny(num_hidden_layers=16, num_attention_heads=4, num_key_value_heads=4, head_dim=64, max_position_embeddings=4096)
+    engine = Engine(model, Letters(), cache_gib=bound / 2**30, max_batch=24, prefill_tokens=64)
+    engine.generate([[1, 2]], max_tokens=3)  # from here on the process has its weights and libraries
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the most there were begins anew
+    engine.generate([prompt_of(8, seed=i) for i in range(24)], max_tokens=190, ignore_eos=True)
+    gathered, logits = 24 * (190 + 8 + 16) * 2 * 4 * 64 * 4, 24 * 61 * (4 + 4 + 8)
+    grown = resident("VmHWM") - before
+    assert bound / 2 < grown < bound + 2 * gathered + logits + 2**24, f"{grown / 2**20} MiB of {bound / 2**20}"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's tables")
+def test_the_process_stays_within_the_bound():
+    """129 pages: one more than where the memory of an unbounded cache is doubled, which holds old and new for a moment."""
+    run_processes(generate_within, 1, 129 * 16 * 2 * 16 * 4 * 64 * 4)
+
+
+def test_growing_waits_for_a_rendering(monkeypatch):
+    """While a chat template is rendered the whole process's memory is limited: a cache that grows would hit that."""
+    monkeypatch.setattr("minitrl.tokenizer.MAX_TEMPLATE_MEMORY", 2**20)
+    pool = PagePool(tiny().layers, 2**16, None, torch.zeros(1))  # 64 pages of it are some GiB, on which nobody writes
+    thread = threading.Thread(target=pool.take, args=(1,))
+    with RENDERING, _limited_memory():
+        thread.start()
+        thread.join(0.2)
+        assert pool.pages.numel() == 0
+    thread.join()
+    assert len(pool.references) == 64
+
+
+def test_a_bound_beyond_the_machine_is_refused():
+    with pytest.raises(ValueError, match="cache_gib: 1e\\+06 GiB of keys and values are not to be had"):
+        Engine(tiny(), Letters(), cache_gib=1e6).generate([[1, 2]], max_tokens=3)
 
 
 @pytest.mark.parametrize("n", [1, 4])

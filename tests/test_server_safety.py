@@ -1,22 +1,51 @@
-"""What a hostile client can do: be refused, by name, and nothing else. INVARIANTS S1-S14 and P1-P5 for a server.
+"""What a hostile client can do: be refused, by name, and nothing else.
 
 `alive` follows each attack: the server still answers, and answers right.
+
+    what comes                                              tests, here where no file is named (below: they exist)
+    S1  JSON that is none, wrong types, unknown fields      json_that_is_none, fields_that_cannot_be,
+                                                            the_other_routes_check_too
+    S2  slow, half-closed, gone amid generation             one_byte_now_and_then, who_leaves_frees_what_was_his
+    S3  too large, too many, too long                       http_that_is_none, fields_that_cannot_be
+    S4  64 clients at once get what one would               64_clients_get_what_one_would (test_server.py)
+    S5  a full queue                                        queue_full
+    S6  /health while the engine works                      health_answers_while_the_engine_works
+    S7  no key, on any route                                the_key_is_wanted_on_every_route
+    S8  another's Host, a web page's Origin                 http_that_is_none
+    S9  ids outside of the vocabulary, nothing at all       fields_that_cannot_be
+    S10 tensors of other names, types and shapes            tensors_that_do_not_fit_change_nothing,
+                                                            sets_that_do_not_fit_are_refused_before_the_first_byte
+    S11 a trainer that dies amid an update                  a_trainer_that_dies_amid_an_update_leaves_the_old_weights
+    S12 regular expressions                                 fields_that_cannot_be
+    S13 two lengths, bad lengths, chunks                    http_that_is_none
+    S14 SIGTERM amid work                                   sigterm_drains (test_server.py)
+    P1  pickles, in sockets and in files                    a_pickle_is_bytes; pickled_weights_are_not_read,
+                                                            broken_weight_file_is_named (test_checkpoint.py)
+    P2  paths, links and URLs for names                     model_names_open_nothing; shard_paths_stay_in_the_folder,
+                                                            links_stay_in_the_folder (test_checkpoint.py)
+    P3  a configuration with code to load                   auto_map_is_not_run (test_checkpoint.py)
+    P4  templates                                           a_template_never_comes_with_a_request;
+                                                            hostile_template_ends_in_one_error (test_tokenizer.py)
+    P5  pickle, eval, exec and their like in the product    nothing_is_unpickled_or_executed (test_house.py)
 """
 
 import json
 import os
 import random
+import re
 import socket
 import string
 import threading
 import time
 from contextlib import contextmanager
 from http import HTTPStatus
+from pathlib import Path
 
 import pytest
 import serving
 import torch
 from serving import ask, raw
+from test_engine import resident
 
 from minitrl import checkpoint, transfer, web
 from minitrl.config import parse
@@ -302,11 +331,11 @@ def test_one_byte_now_and_then(server, monkeypatch, start):
         assert answer == b"" if not start else answer.startswith(b"HTTP/1.1 408")
 
 
-def slowly(server, monkeypatch):
+def slowly(server, monkeypatch, seconds=0.02):
     step = server.worker.engine.step
 
     def slower():
-        time.sleep(0.02)
+        time.sleep(seconds)
         return step()
 
     monkeypatch.setattr(server.worker.engine, "step", slower)
@@ -314,9 +343,13 @@ def slowly(server, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-def test_who_leaves_frees_what_was_his(server, monkeypatch, stream, half):
-    """S2: a client that closes its connection, or its half, amid generation: its sequences leave the batch."""
-    slowly(server, monkeypatch)
+@pytest.mark.parametrize("more", [b"", b"GET /health HT"])
+def test_who_leaves_frees_what_was_his(server, monkeypatch, stream, half, more):
+    """S2: a client that closes its connection, or its half, amid generation: its sequences leave the batch.
+
+    more: what it has sent of another request, which nobody reads before the first is answered.
+    """
+    slowly(server, monkeypatch, 0.1)
     body = json.dumps(GOOD | {"n": 8, "max_tokens": 60, "ignore_eos": True, "stream": stream}).encode()
     connection = socket.create_connection(server.server_address, timeout=20)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -326,13 +359,14 @@ def test_who_leaves_frees_what_was_his(server, monkeypatch, stream, half):
         time.sleep(0.01)
     assert server.worker.pending == 8
     time.sleep(0.1)
+    connection.sendall(more)
     began = time.monotonic()
     connection.shutdown(socket.SHUT_WR) if half else connection.close()
     while server.worker.pending and time.monotonic() < began + 10:
         time.sleep(0.01)
     assert server.worker.pending == 0 and server.worker.engine.idle
-    assert server.worker.engine.pool.in_use == 0 or server.worker.engine.pool.in_use >= 0
-    assert time.monotonic() - began < 1.15, "60 slow steps take longer: they were not waited for"
+    assert server.worker.engine.pool.in_use == 0
+    assert time.monotonic() - began < 4, "60 slow steps take longer: they were not waited for"
     connection.close()
 
 
@@ -402,6 +436,23 @@ def test_queue_full(server, monkeypatch):
     for thread in threads:
         thread.join()
     refused(server, "/v1/completions", GOOD | {"prompt": [[1]] * 9, "n": 8})
+
+
+def test_health_answers_while_the_engine_works(server, monkeypatch):
+    """S6: many times, at once, while a long answer is under way."""
+    slowly(server, monkeypatch)
+    body = GOOD | {"n": 8, "max_tokens": 60, "ignore_eos": True}
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask(server.url, "/v1/completions", body)))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.worker.pending and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for path in ("/health", "/health/", "/v1/models", "/weights") * 5:
+        assert ask(server.url, path, timeout=5)[0] == 200
+    assert server.worker.pending == 8 and not answers, "60 slow steps take longer"
+    thread.join()
+    assert answers[0][0] == 200
 
 
 def test_bodies_are_bounded_together(server, monkeypatch):
@@ -535,8 +586,9 @@ def test_a_trainer_that_dies_amid_an_update_leaves_the_old_weights(server, piece
     route.link.close()
     thread.join()
     status, answer = got[0]
-    phase = ("bucket 1 of the weights", "bucket 3 of the weights", "waiting until all have verified")[pieces]
-    assert status == 409 and f"the old weights serve on: rank 1 of 2, {phase}" in answer["error"]["message"]
+    # Who leaves before the first byte may be missed when connections are made, or when that byte is waited for.
+    phase = ("(starting to exchange|bucket 1 of the) weights", "bucket 3 of the weights", "waiting until all have verified")
+    assert status == 409 and re.search(f"the old weights serve on: rank 1 of 2, {phase[pieces]}", answer["error"]["message"])
     assert transfer.digest(server.worker.tensors) == before == server.worker.digest and server.worker.version == 0
     meet(server, 6).link.close()  # a second client is taken at once
 
@@ -706,7 +758,9 @@ def hostile_body(random_: random.Random) -> bytes:
 
 def fuzz_parsers(cases: int, seed: int) -> int:
     random_, good = random.Random(seed), 0
-    for _ in range(cases):
+    for case in range(cases):
+        if case == cases // 4:
+            before = resident("VmRSS")
         try:
             head = parse_head(hostile_head(random_))
             assert isinstance(head, Head) and 0 <= head.length < 10**12 and head.path.startswith("/")
@@ -722,6 +776,7 @@ def fuzz_parsers(cases: int, seed: int) -> int:
             good += 1
         except Refused as refused:
             assert refused.status == 400 and len(str(refused)) < 500
+    assert resident("VmRSS") - before < 2**22, "what is refused is forgotten"
     return good
 
 
@@ -736,9 +791,10 @@ def test_a_hundred_thousand_hostile_requests():
 
 def fuzz_routes(server, cases: int, seed: int) -> set[int]:
     """Whole requests over one socket after the other, to all routes, until the answer: always one, and never a 500."""
-    random_, statuses = random.Random(seed), set()
+    random_, statuses, before = random.Random(seed), set(), 0
     paths = [path for method, path in Connection.routes if method == "POST" and "communicator" not in path]
-    for _ in range(cases):
+    for case in range(cases):
+        before = resident("VmRSS") if case == cases // 4 else before
         body = hostile_body(random_)
         path = random_.choice(paths)
         if path == "/weights/meet":
@@ -748,6 +804,8 @@ def fuzz_routes(server, cases: int, seed: int) -> set[int]:
         answer = raw(server.url, head + body)
         statuses.add(int(answer[9:12]))
         assert statuses <= {200, 400, 404, 409, 429}, (path, body, answer)
+    settled(server)
+    assert resident("VmRSS") - before < 2**24, "no request leaves anything behind"
     return statuses
 
 
@@ -758,3 +816,12 @@ def test_hostile_requests_to_every_route(server):
 @pytest.mark.slow
 def test_thousands_of_hostile_requests_to_every_route(server):
     assert {200, 400} <= fuzz_routes(server, 10_000, 3)
+
+
+def test_every_row_of_the_table_has_its_tests():
+    rows = re.split(r"\n    (?=[SP]\d)", __doc__)[1:]
+    assert [row.split()[0] for row in rows] == [f"S{i}" for i in range(1, 15)] + [f"P{i}" for i in range(1, 6)]
+    written = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b(?!\.py)", row)
+        assert names and all(f"def test_{name}(" in written for name in names), row
