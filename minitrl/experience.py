@@ -305,7 +305,10 @@ def generate_and_score(
     prompts = [row["prompt_ids"] for row in mine]
     repeated = [row for row in mine for _ in range(G)] if engine.tensor.rank == 0 else []
     names = repeated[0]["columns"] if repeated else {}
-    with together("sampling and scoring", world):
+    groups = None
+    # A team waits for each other in sampling. Where weights are divided it may last until --timeout: all save together.
+    tells = lambda: groups is not None or engine.tensor.size == 1 or world.divides
+    with together("sampling and scoring", world, tells):
         groups = sampled() if sampled else engine.generate(prompts, n=G, seed=seeds[part], **sampling)
         completions = [completion for group in groups for completion in group if engine.tensor.rank == 0]
         rewards_NF = rewards.score(

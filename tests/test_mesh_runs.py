@@ -30,6 +30,7 @@ from minitrl.config import parse
 from minitrl.distributed import ALONE, World
 from minitrl.model import Model, ModelConfig, with_scalar_head
 from minitrl.rollout import Completion
+from minitrl.rollout_client import OwnEngine
 from minitrl.tokenizer import Tokenizer
 
 TOLERANCE = 2e-6
@@ -385,6 +386,27 @@ def test_a_process_that_dies_is_one_line_where_pytorch_gathers_too(folder, tmp_p
     assert outcome.codes == [1, 9]
     assert re.search(r"^error: rank 0 of 2, in a step: another process is gone or too late", outcome.err, re.M)
     assert "Traceback" not in outcome.err, outcome.err
+
+
+def fail_alone_amid_sampling() -> None:
+    """In the third generation, which is step 2's: the first one is the evaluation's."""
+    generate, calls = OwnEngine.generate, []
+
+    def counted(engine, *prompts, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            engine._schedule = lambda: [][0]
+        return generate(engine, *prompts, **options)
+
+    OwnEngine.generate = counted
+
+
+def test_a_process_that_fails_alone_in_sampling_keeps_nobody_waiting(folder, tmp_path):
+    """Its neighbour, which samples with it, does not wait for --timeout, which here is longer than a test may last."""
+    words = argv(folder, "grpo", tmp_path / "run", rollout_tensor=2, timeout=300)
+    outcome = launch(words, 2, {1: fail_alone_amid_sampling})
+    assert outcome.codes == [1, 1] and "IndexError" in outcome.err, outcome
+    assert "another process is gone" in outcome.err and "step 1 is saved; --resume goes on" in outcome.out, outcome
 
 
 REFUSED = [
