@@ -241,7 +241,7 @@ class RemoteEngine:
         raise ConnectionAbortedError("another request failed")
 
     def _completions(self, server: Server, body: dict, least: int | None = None) -> list[Completion]:
-        known, (answer, told) = self.weights.known, server.answer(body, least, self.timeout_s)
+        answer, told = server.answer(body, least, self.timeout_s)
         try:
             completions = []
             for index, choice in enumerate(answer["choices"]):
@@ -254,7 +254,7 @@ class RemoteEngine:
                 good = good and (len(versions) == 1 or least is not None)
                 assert good, f"choice {index} is not a completion, or not of one version"
                 if least is not None:
-                    versions = tuple((known.get(version, ("", -1))[1], *part) for version, *part in versions)
+                    versions = tuple((self.weights.known.get(version, ("", -1))[1], *part) for version, *part in versions)
                     if (oldest := min(versions)[0]) < least:
                         self.too_old += 1
                         raise Lost(f"choice {index} is of the weights of step {oldest}, not of {least} or later")

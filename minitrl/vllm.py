@@ -79,7 +79,7 @@ class VLLM(Server):
             before = self._version(connection)
             answer = self.ask("POST", "/v1/completions", body, timeout_s, connection) if before in names else {}
             after = self._version(connection)
-        if before not in names or after not in names or (after != before and least is None):
+        if before not in names or after not in self._names(least) or (after != before and least is None):
             raise Lost(f"holds the weights {before!r}, and then {after!r}")
         return answer, names[before]  # where it changed meanwhile, the oldest: more is not known
 

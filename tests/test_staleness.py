@@ -415,7 +415,7 @@ def test_which_generation_is_asked_for_when(bound, each, expected):
     config = grpo.Config(model="m", dataset="d", reward=("random",), prompts_per_step=2, num_iterations=each,
                          max_staleness=bound, rollout_server=("http://127.0.0.1:1",))  # fmt: skip
     asked = []
-    engine = SimpleNamespace(known={1: ("", 0)}, tensor=WORLD)
+    engine = SimpleNamespace(weights=SimpleNamespace(known={1: ("", 0)}), tensor=WORLD)
     engine.ask = lambda least, prompts, **options: asked[-1].append(least)
     samples = ahead.Ahead(engine, [{"prompt_ids": [0]}] * 20, config, SimpleNamespace(world=WORLD, total_steps=5))
     for step in range(6):

@@ -24,7 +24,7 @@ def server(tiny):
         yield running
 
 
-def engine(tiny, *servers, factor=1.02, timeout_s=20):
+def engine(tiny, *servers, factor=1.02, timeout_s=60):
     policy, tokenizer = changed(tiny, factor)
     return RemoteEngine([server.url for server in servers], policy, tokenizer, WORLD, timeout_s=timeout_s)
 
@@ -144,7 +144,7 @@ def test_another_rank_waits_until_rank_0_has_sent(tiny, server):
     time.sleep(0.4)
     assert not got and server.version == "default"
     first.generate([])
-    thread.join(20)
+    thread.join(60)
     assert same(got[0], expected(first, PROMPTS[:2], SEEDS[:2]))
 
 
@@ -267,6 +267,37 @@ def test_grpo_that_samples_ahead(tiny, tmp_path, server):
     assert ended.code == 0, ended.err
     ages = [row["step"] - 1 - row["version"] for row in miniature.rows(tmp_path, "completions") if row["used"]]
     assert len(ages) == 48 and 0 <= min(ages) and 0 < max(ages) <= 2
+
+
+def test_new_weights_of_the_same_trainer_amid_a_completion(tiny, server):
+    """It is not asked for again, and counts as of the weights that it was asked for with."""
+    remote, here, go_on = engine(tiny, server), threading.Event(), threading.Event()
+
+    def before(path):
+        if path == "/v1/completions" and server.version != "default" and remote.weights.known and here.is_set() is False:
+            if server.bodies:  # the comparison comes first
+                here.set()
+                go_on.wait(60)
+
+    with remote.updating(0):
+        pass
+    remote.ask(0, PROMPTS[:1], **OPTIONS).result(60)
+    server.before, count = before, len(server.bodies)
+    future = remote.ask(0, PROMPTS[1:2], seed=[9], **OPTIONS)
+    assert here.wait(60)
+    first = server.version
+    with remote.updating(1), torch.no_grad():
+        remote.policy.layers[0].o_proj.weight.mul_(1.2)
+    deadline = time.monotonic() + 60
+    while server.version == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.version != first
+    go_on.set()
+    (group,) = future.result(60)
+    assert {c.versions for c in group} == {((0, 0, len(c.ids)),) for c in group}
+    remote.close([])
+    asked = [body["prompt"] for body in server.bodies[count:]]
+    assert asked.count(PROMPTS[1]) == 1 and remote.too_old == 0
 
 
 # The extension by itself.
