@@ -254,7 +254,8 @@ class RemoteEngine:
                 good = good and (len(versions) == 1 or least is not None)
                 assert good, f"choice {index} is not a completion, or not of one version"
                 if least is not None:
-                    versions = tuple((self.weights.known.get(version, ("", -1))[1], *part) for version, *part in versions)
+                    known = self.weights.known
+                    versions = tuple((known.get(version, ("", -1))[1], *part) for version, *part in versions)
                     if (oldest := min(versions)[0]) < least:
                         self.too_old += 1
                         raise Lost(f"choice {index} is of the weights of step {oldest}, not of {least} or later")

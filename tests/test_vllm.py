@@ -296,7 +296,7 @@ def test_new_weights_of_the_same_trainer_amid_a_completion(tiny, server):
     (group,) = future.result(60)
     assert {c.versions for c in group} == {((0, 0, len(c.ids)),) for c in group}
     remote.close([])
-    asked = [body["prompt"] for body in server.bodies[count:]]
+    asked = [body["prompt"] for body in server.bodies[count:] if body["temperature"]]  # 0: a comparison's
     assert asked.count(PROMPTS[1]) == 1 and remote.too_old == 0
 
 
