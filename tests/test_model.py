@@ -7,6 +7,7 @@ unit, biases and norms are not the identity, and sequences pass the sliding wind
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -254,12 +255,16 @@ QUESTIONS = [
 @pytest.mark.slow
 @torch.no_grad()
 def test_real_model_continues_alike(tmp_path):
-    """20 prompts x 64 greedy tokens. By induction: ours picks each of their tokens, given the ones before it."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    """20 prompts x 64 greedy tokens. By induction: ours picks each of their tokens, given the ones before it.
+
+    Logits are up to 40 here: what processors round alone may be more than TOLERANCE. Then float64 tells who is off.
+    """
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, REAL)
+    theirs, exact = load(dtype=torch.float32).eval(), load(dtype=torch.float64).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(REAL)
     model, tokenizer = minitrl.load(REAL)
     assert tokenizer.end_ids == (their_tokenizer.eos_token_id,)
-    worst = 0.0
+    worst = [0.0] * 3
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.prompt_ids(messages)
@@ -268,11 +273,13 @@ def test_real_model_continues_alike(tmp_path):
                               do_sample=False, max_new_tokens=64, min_new_tokens=64)[0].tolist()
         [expected], [ours] = their_logits(theirs, [ids]), model.logits([ids])
         assert expected.std() >= 1
-        worst = max(worst, distance([ours], [expected]))
+        [truth] = their_logits(exact, [ids])
+        pairs = (ours, expected), (ours, truth), (expected, truth)
+        worst = [max(most, distance([one], [other])) for most, (one, other) in zip(worst, pairs)]
         scores = ours[len(prompt) - 1 : -1].index_fill(1, torch.tensor(tokenizer.end_ids), -torch.inf)
         assert scores.argmax(-1).tolist() == ids[len(prompt) :] and len(ids) == len(prompt) + 64
-    print(f"largest difference of a logit: {worst:.2e}")
-    assert worst <= TOLERANCE
+    print("largest difference of a logit: {:.2e}; from float64: ours {:.2e}, transformers {:.2e}".format(*worst))
+    assert worst[0] <= TOLERANCE or worst[1] <= 1.5 * worst[2]
 
 
 @real
