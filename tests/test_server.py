@@ -444,3 +444,22 @@ def test_options_that_cannot_be(tiny, capsys):
     with pytest.raises(SystemExit):
         config.parse(server.Config, [])
     assert "--model None: must be given with --dtype bfloat16 or" in capsys.readouterr().err
+
+
+def test_the_engine_is_as_the_options_say(tiny, monkeypatch):
+    from minitrl import server
+
+    def engine(model, tokenizer, **options):
+        raise ValueError(f"{model.head_weight.dtype} {sorted(options.items())}")
+
+    monkeypatch.setattr(server, "Engine", engine)
+    argv = ["--model", str(tiny.folder / "model"), "--max_batch", "3", "--cache_gib", "0.5", "--prefill_tokens", "7"]
+    asked = [("cache_gib", 0.5), ("deterministic", False), ("max_batch", 3), ("prefill_tokens", 7)]
+    for more, dtype, options in (
+        ([], "torch.bfloat16", asked),
+        (["--deterministic", "--dtype", "float32"], "torch.float32", [("deterministic", True) if name == "deterministic" else
+                                                                       (name, value) for name, value in asked]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            server.main([*argv, *more])
+        assert str(error.value) == f"{dtype} {options}"
