@@ -164,7 +164,16 @@ def attention(name: str, lengths: list[int], prefixes: list[int], H: int, K: int
         ends = x["cu_seqlens"], x["cu_seqlens"], longest, longest
         return {"out": flash_attn_varlen_func(x["q"], x["k"], x["v"], *ends, causal=True)}
 
+    def by_sequence(x):
+        parts = zip(*(x[name].split(lengths) for name in "qkv"))
+        heads = ([part.transpose(0, 1)[None] for part in sequence] for sequence in parts)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outs = [attend(*given, is_causal=True, enable_gqa=H != K)[0].transpose(0, 1) for given in heads]
+        return {"out": torch.cat(outs)}
+
     ways = {"minitrl": ours, "PyTorch": reference, "torch.compile": compiled(reference)}
+    if not on_gpu() and max(prefixes) < 0:
+        ways["SDPA by sequence"] = by_sequence
     if on_gpu() and max(prefixes) < 0:  # no peer shares a prompt
         ways["torch varlen_attn"] = torch_varlen
         if installed("flash_attn"):

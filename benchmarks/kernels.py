@@ -14,7 +14,7 @@ exact as it has to be: at most twice as far from the truth as plain PyTorch in t
 
 Without a GPU it prints what can be known: least bytes and FLOPs, the time that they take at the published limits of
 four GPUs, the counted bytes (benchmarks.kernel_bytes) and the compile report (benchmarks.compile_report) as far as
-their results are there; and it times the CPU's path against its baselines, into kernels_cpu.json.
+their results are there; and it times the CPU's path against its baselines, into kernels_cpu_THREADS.json.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from benchmarks import kernel_cases
 from benchmarks.compile_report import RESULT as COMPILED
 from benchmarks.compile_report import table
 from benchmarks.kernel_bytes import RESULT as COUNTED
+from minitrl import distributed
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -348,15 +349,17 @@ def main() -> None:
         parser.error("--rounds: percentiles need at least 2")
     if os.environ.get("MINITRL_KERNELS"):
         raise SystemExit("MINITRL_KERNELS is set: unset it, or plain PyTorch would be timed under the kernels' name")
+    distributed.start("cuda" if gpu else "cpu")  # as every command does first
     torch.set_num_threads(options.threads)
     torch._functorch.config.donated_buffer = False  # torch.compile's backward pass is run again and again
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # says where the reference breaks its graph
     device = "cuda" if gpu else "cpu"
     dtypes = [DTYPES[name] for name in options.dtype]
     found = [case for case in found if case.op in options.op]
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name()) if gpu else "cpu"
-    value = {"command": f"python -m benchmarks.kernels --dtype {' '.join(options.dtype)}", "torch": torch.__version__}
-    value |= {"device": name, "threads": None if gpu else options.threads, "limits": {}, "rows": []}
+    name = re.sub(r"\W+", "_", torch.cuda.get_device_name()) if gpu else f"cpu_{options.threads}"
+    threads = "" if gpu else f" --threads {options.threads}"
+    value = {"command": f"python -m benchmarks.kernels --dtype {' '.join(options.dtype)}{threads}", "torch": torch.__version__}
+    value |= {"device": name if gpu else f"a CPU, threads: {options.threads}", "limits": {}, "rows": []}
     value |= {} if gpu else {"memory": []}
     if not gpu:
         value["predicted"] = predictions([c for c in kernel_cases.cases(True) if c.op in options.op], dtypes)

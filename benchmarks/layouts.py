@@ -26,6 +26,9 @@ from minitrl.model import ModelConfig
 
 RESULTS = Path(__file__).parent / "results"
 GPUS = (1, 8, 64, 512)
+# A sampler has at most as many slices as there are key/value heads: an eighth of 405B is 94 GiB in bfloat16.
+LARGER = {"Llama-3.1-405B": "B200"}  # than an H100
+MACHINE = 2**41  # bytes of its own memory that a machine has for --cpu_offload
 
 # Layers, width, feed-forward, heads, key/value heads, size of a head, vocabulary, whether the head is the embedding.
 SHAPES = {
@@ -66,7 +69,8 @@ def candidates(name: str, gpus: int):
 
     Each a sampler that takes a quarter of a GPU at most; smaller micro-batches and offload where all is divided.
     """
-    shape, memory = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory
+    shape, gpu = ModelConfig.from_hf(description(name)), LARGER.get(name, "H100")
+    memory = plan.GPUS[gpu].memory
     parameters = sum(math.prod(box.shape) for box in layout.boxes(shape))
     nodes, each = math.ceil(gpus / 8), min(gpus, 8)
     slices = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0 and n <= each]
@@ -77,10 +81,12 @@ def candidates(name: str, gpus: int):
                 state = 0 if offload else (18 if shard == 1 else 16) * parameters / shard / tensor
                 sampler = 0 if shard == 1 and thrifty == tensor else 2 * parameters / thrifty
                 last = shard == gpus // tensor
-                if state + sampler < memory and (last or tokens == 8192) and not (offload and shard == 1):
+                if offload and (shard == 1 or each * 16 * parameters / shard / tensor > MACHINE):
+                    continue
+                if state + sampler < memory and (last or tokens == 8192):
                     yield plan.Config(
                         model=name, nodes=nodes, gpus_per_node=each, shard=shard, tensor=tensor, cpu_offload=offload,
-                        rollout_tensor=thrifty, tokens_per_microbatch=tokens, max_completion_length=1024,
+                        rollout_tensor=thrifty, tokens_per_microbatch=tokens, max_completion_length=1024, gpu=gpu,
                     )  # fmt: skip
 
 
@@ -89,18 +95,18 @@ def sketch(config: plan.Config, shape: ModelConfig) -> tuple[float, float]:
     few = [replace(shape, num_hidden_layers=n, windows=shape.windows[:n]) for n in (4, 6)]
     found = [plan.plan(replace(config, num_micro_batches=1), some) for some in few]
     share = config.tensor / config.tokens_per_microbatch
-    pairs = [(x["memory"]["peak"], x["seconds"]["H100"]["step"] * share) for x in found]
+    pairs = [(x["memory"]["peak"], x["seconds"][config.gpu]["step"] * share) for x in found]
     return tuple(six + (shape.num_hidden_layers - 6) * (six - four) / 2 for four, six in zip(*pairs))
 
 
 def best(name: str, gpus: int) -> dict | None:
     """The plan of the fastest layout that fits, with smaller micro-batches or offload where nothing else does."""
-    shape, room = ModelConfig.from_hf(description(name)), plan.GPUS["H100"].memory * (1 - plan.HEADROOM)
-    every = list(candidates(name, gpus))
+    shape, every, share = ModelConfig.from_hf(description(name)), list(candidates(name, gpus)), 1 - plan.HEADROOM
     for offload, tokens in ((False, 8192), (False, 4096), (True, 8192)):
         some = [x for x in every if (x.cpu_offload, x.tokens_per_microbatch) == (offload, tokens)]
         sketched = [(*sketch(config, shape), config) for config in some]
         for peak, _, config in sorted(sketched, key=lambda row: row[1]):
+            room = share * plan.GPUS[config.gpu].memory
             if peak <= room and (found := plan.plan(config, shape))["fits"]:
                 return found
     return None

@@ -24,7 +24,8 @@ READING_ORDER = (
     "minitrl/grpo.py minitrl/experience.py minitrl/losses.py kernels/grpo_loss.py minitrl/packing.py minitrl/model.py "
     "kernels/token_logprob.py kernels/attention.py kernels/linear.py minitrl/rollout.py minitrl/sampling.py "
     "kernels/decode.py minitrl/ppo.py minitrl/sft.py minitrl/reward.py minitrl/dpo.py minitrl/pairs.py minitrl/lora.py "
-    "minitrl/evaluate.py minitrl/chat.py minitrl/server.py minitrl/web.py minitrl/rollout_client.py minitrl/transfer.py "
+    "minitrl/evaluate.py minitrl/chat.py minitrl/server.py minitrl/web.py minitrl/rollout_client.py minitrl/remote.py "
+    "minitrl/transfer.py minitrl/vllm.py minitrl/vllm_extension.py "
     "kernels/targets.py kernels/grpo_loss_triton.py kernels/token_logprob_triton.py kernels/logits_logprob_triton.py "
     "kernels/attention_triton.py kernels/decode_triton.py kernels/matmul.py kernels/matmul_triton.py "
     "minitrl/distributed.py minitrl/parallel.py minitrl/layout.py minitrl/lockstep.py minitrl/ahead.py minitrl/plan.py "
@@ -127,6 +128,19 @@ def grpo_step() -> str:
     return markdown(head, rows)
 
 
+def steps() -> str:
+    """SFT's and DPO's optimizer steps against each of TRL's ways."""
+    rows = []
+    for name in ("sft_step", "dpo_step"):
+        unit = result(name)["unit"]
+        for row in result(name)["rows"]:
+            ours, theirs = row["ours"], row[row["against"]]
+            rates = [f"{side['per_second']:.{2 if unit == 'pairs' else 0}f} {unit}/s" for side in (ours, theirs)]
+            memory = f"{ours['peak_gib']:.2f} / {theirs['peak_gib']:.2f} GiB"
+            rows.append([name[:3].upper(), row["against"], *rates, f"**{row['times_as_fast']:.2f}**", memory])
+    return markdown(["step", "TRL 1.16's way", "minitrl", "TRL", "times as fast", "peak memory"], rows)
+
+
 def shown(value) -> str:
     """A default as a table has it."""
     plain = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -197,17 +211,18 @@ def defaults() -> str:
 
 
 def layouts() -> str:
-    """The layout for each model and number of H100s, as minitrl.plan has it."""
+    """The layout for each model and number of GPUs, H100 where nothing else is said, as minitrl.plan has it."""
     rows = []
     for row in result("layouts")["rows"]:
-        options, memory, took = row["options"], row["memory"], row["seconds"]["H100"]
+        options, memory = row["options"], row["memory"]
+        gpus, took = f"{row['gpus']} {options['gpu']}".removesuffix(" H100"), row["seconds"][options["gpu"]]
         mesh = " ".join(f"--{name} {options[name]}" for name in ("replicate", "shard", "tensor") if options[name] > 1)
         mesh += " --cpu_offload" * options["cpu_offload"]
         tokens = options["tokens_per_microbatch"] * options["num_micro_batches"] / options["tensor"]
         rate = f"{tokens / took['step']:,.0f}"
         sampler = f"--rollout_tensor {options['rollout_tensor']}"
         cells = [f"{memory['peak'] / 2**30:.1f} GiB", f"{options['tokens_per_microbatch']:,}", rate]
-        rows.append([row["model"], row["gpus"], f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
+        rows.append([row["model"], gpus, f"`{mesh or '(one process)'}`", f"`{sampler}`", *cells])
     head = ["model", "GPUs", "trainer", "sampler", "peak of a GPU", "tokens a micro-batch", "tokens/s of a GPU"]
     return markdown(head, rows) + f"\n\n`{result('layouts')['command']}`"
 
@@ -324,10 +339,10 @@ def kernel_bounds() -> str:
     return markdown(["op", "shape", "MB", "GFLOP", *kernels.GPUS], rows)
 
 
-def kernel_times(names: list[str]) -> str:
+def kernel_times(name: str) -> str:
     """Forward and backward by every way; decoding, forward."""
     rows = []
-    for row in (row for name in names for row in result(name)["rows"]):
+    for row in result(name)["rows"]:
         where = [row["op"], row["dtype"], row["shape"], row["way"]]
         if "not_timed" in row:
             rows.append([*where, f"not timed: {row['not_timed']}", "", ""])
@@ -336,19 +351,20 @@ def kernel_times(names: list[str]) -> str:
             spread = f"{row['ms']:.3f} ({row['ms_20']:.3f} to {row['ms_80']:.3f})"
             rows.append([*where, spread, f"{row['share']:.0%} of {row['bound']}", memory])
     head = ["op", "dtype", "shape", "way", "ms, median (20 to 80 %)", "share of the bound", "peak memory"]
-    commands = dict.fromkeys(f"`{result(name)['command']}` on {result(name)['device']}" for name in names)
-    return markdown(head, rows) + "\n\n" + ", ".join(commands)
+    return markdown(head, rows) + f"\n\n`{result(name)['command']}` on {result(name)['device']}"
 
 
-def kernel_gpus() -> str:
-    names = sorted(path.stem for path in RESULTS.glob("kernels_*.json") if path.stem != "kernels_cpu")
-    return kernel_times(names) if names else "*Not measured yet.*"
+def kernel_devices(cpu: bool) -> str:
+    names = sorted(path.stem for path in RESULTS.glob("kernels_*.json"))
+    names = [name for name in names if name.startswith("kernels_cpu_") == cpu]
+    return "\n\n".join(kernel_times(name) for name in names) or "*Not measured yet.*"
 
 
 TABLES = {
     "toy": lambda: curves("toy"),
     "chain_sum": lambda: curves("chain_sum"),
     "grpo_step": grpo_step,
+    "steps": steps,
     "files": files,
     "defaults": defaults,
     "tests": tests,
@@ -371,8 +387,8 @@ TABLES = {
     "kernel_compile": kernel_compile,
     "kernel_peers": kernel_peers,
     "kernel_bounds": kernel_bounds,
-    "kernel_gpus": kernel_gpus,
-    "kernel_cpu": lambda: kernel_times(["kernels_cpu"]),
+    "kernel_gpus": lambda: kernel_devices(cpu=False),
+    "kernel_cpu": lambda: kernel_devices(cpu=True),
 }
 
 

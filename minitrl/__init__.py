@@ -16,8 +16,8 @@ ppo.py is grpo.py with a value model in place of the group: a baseline for every
 sft.py fine-tunes on demonstrations, reward.py and dpo.py train on preferences (pairs.py); training.py has the loop that
 these share, who sample nothing.
 lora.py trains adapters beside a frozen model, in each of these; evaluate.py and chat.py look at what came out.
-server.py puts the engine behind HTTP (web.py), rollout_client.py samples from such servers, and transfer.py brings them
-the trainer's weights.
+server.py puts the engine behind HTTP (web.py), rollout_client.py samples from such servers (remote.py), or from vLLM's
+(vllm.py), and transfer.py brings ours the trainer's weights.
 toy.py is the model, the tokenizer and the task that `python -m minitrl.grpo` trains when it is given none.
 
 From Python: minitrl.load, minitrl.save, minitrl.Engine, minitrl.losses and minitrl.packing. They are imported when

@@ -83,7 +83,7 @@ class Ahead(AbstractContextManager):
     def ask(self, cursor: int, step: int) -> None:
         """Have sampled what may be by now, when `step` steps are done and the next place in the data is `cursor`."""
         config, each, bound = self.config, self.config.num_iterations, self.config.max_staleness
-        if bound and not self.engine.known:  # the first time
+        if bound and not self.engine.weights.known:  # the first time
             with self.updating(step):
                 pass
         last = min(step + bound, self.run.total_steps - 1)

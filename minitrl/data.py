@@ -40,15 +40,6 @@ PARQUET = """{path}: parquet is not read. Convert it to JSONL with the `datasets
     python -c "import datasets; datasets.Dataset.from_parquet('{path}').to_json('data.jsonl')\""""
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file; blank lines are skipped, a byte-order mark and CRLF line ends are fine.
-
-    Raises ValueError naming the file, and the line where there is one: no such file, parquet, no rows, bytes that are
-    not UTF-8, bad JSON, something other than an object, a key given twice, NaN or infinity, half of a surrogate pair.
-    """
-    return [row for _, row in numbered_rows(Path(path))]
-
-
 def load_prompts(path: str | Path, tokenizer, max_prompt_length: int | None) -> tuple[list[dict[str, Any]], int]:
     """Rows {"prompt", "prompt_ids", "columns"} for reinforcement learning, and how many prompts were too long.
 
@@ -352,7 +343,11 @@ def seed_of(seed: int, place: int) -> int:
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every line that is not blank. Lines end at \\n only: U+2028 may stand in a JSON string."""
+    """(line number, row) of every line that is not blank; a byte-order mark and CRLF line ends are fine.
+
+    Lines end at \\n only: U+2028 may stand in a JSON string. Raises ValueError naming the file, and the line where one
+    is at fault: no such file, parquet, no rows, or what `strict_json` refuses.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a data set is a JSONL file with one object a line")
     empty = True
@@ -366,15 +361,16 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 empty = False
                 try:
-                    yield number, _parse(line)
+                    yield number, strict_json(line)
                 except (ValueError, RecursionError) as error:  # RecursionError: a line nested thousands deep
                     raise ValueError(f"{path}:{number}: {error}") from error
     if empty:
         raise ValueError(f"{path}: no rows; the file is empty")
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    """One row. Python's json accepts more than JSON, and what it lets through fails far from here: refuse it now."""
+def strict_json(line: bytes) -> dict[str, Any]:
+    """One object. Python's json accepts more than JSON, and what it lets through fails far from here: a ValueError for
+    bytes that are not UTF-8, bad JSON, anything but an object, a key given twice, NaN or infinity, half of a pair."""
     try:
         row = json.loads(line.rstrip().decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:  # its own text says "line 1", which is the line within this line

@@ -22,9 +22,11 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import accumulate, groupby
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ from torch import Tensor
 
 PR_SET_PDEATHSIG = 1  # prctl.h's number
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's numbers
+BUCKET = 2**28  # numbers that are summed at a time, and one tensor more: a GiB beside the gradients, not all of them
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # one of these says that a launcher started us; then all must be there
 _STORE = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -45,6 +48,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = None  # None: all processes
     parts: dict[str, "World"] = field(default_factory=dict)  # of the mesh, where there is one
+    option: str = "--tensor"  # how the user asked for this `tensor`, for who cannot be divided so
 
     @property
     def data(self) -> "World":
@@ -157,8 +161,8 @@ def mesh_sizes(size: int, replicate: int | None, shard: int | None, tensor: int)
     return replicate, shard, tensor
 
 
-def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> World:
-    """The same world with its `parts`, each a process group of its own."""
+def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float, option: str = World.option) -> World:
+    """The same world with its `parts`, each a process group of its own. option: that gave its `tensor`."""
     ranks = torch.arange(world.size).view(mesh)
     kept = {"replicate": (0,), "shard": (1,), "tensor": (2,), "data": (0, 1)}
     parts = {}
@@ -169,7 +173,7 @@ def with_mesh(world: World, mesh: tuple[int, int, int], timeout_s: float) -> Wor
         group = None
         if len(mine) > 1:
             group, _ = dist.new_subgroups_by_enumeration(lists, timeout=timedelta(seconds=timeout_s))
-        parts[name] = World(mine.index(world.rank), len(mine), world.device, group)
+        parts[name] = World(mine.index(world.rank), len(mine), world.device, group, option=option)
     return World(world.rank, world.size, world.device, None, parts)
 
 
@@ -193,7 +197,7 @@ def keepers(world: World, timeout_s: float) -> World | None:
 
 
 def sum_(tensors: list[Tensor], world: World) -> None:
-    """Add up each tensor over all processes, in place, by one flat all-reduce in fp32 (fp64 if any tensor is fp64).
+    """Add up each tensor over all processes, in place, in fp32 (fp64 if any tensor is fp64), many in one all-reduce.
 
     Every process passes the same shapes in the same order. Token counts go in as fp64: exact up to 2^53.
     """
@@ -202,12 +206,14 @@ def sum_(tensors: list[Tensor], world: World) -> None:
         return
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     where = {"device": world.device, "dtype": torch.float64 if wide else torch.float32}  # NCCL takes no CPU tensors
-    flat = torch.cat([tensor.detach().reshape(-1).to(**where) for tensor in tensors])
-    with _named(f"summing {len(tensors)} tensors", world):
-        dist.all_reduce(flat, group=world.group)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts):
-        tensor.detach().copy_(part.view(tensor.shape))
+    ends = accumulate(tensor.numel() for tensor in tensors)
+    for _, bucket in groupby(zip(ends, tensors), lambda pair: pair[0] // BUCKET):
+        some = [tensor.detach() for _, tensor in bucket]
+        flat = torch.cat([tensor.reshape(-1).to(**where) for tensor in some])
+        with _named(f"summing {len(some)} tensors", world):
+            dist.all_reduce(flat, group=world.group)
+        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some])):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def gather_ragged(tensor: Tensor, world: World) -> list[Tensor]:
@@ -284,16 +290,17 @@ def carry(tensor: Tensor, source: int, target: int, world: World) -> None:
 
 
 @contextmanager
-def together(what: str, world: World):
+def together(what: str, world: World, tells: Callable[[], bool] = lambda: True):
     """An error inside, on one process, ends the block with an error on all: none waits for what will not come.
 
-    For work without collectives of its own, which all processes enter at the same place.
+    For work without collectives of its own, which all processes enter at the same place. Who fails where others may be
+    in some (tells() is false) tells nobody, since they would not hear it: that it ends is what wakes them.
     """
     try:
         yield
     except Exception:
         with suppress(ConnectionError):  # what failed here is what the user has to see
-            any_true(True, world)
+            tells() and any_true(True, world)
         raise
     if any_true(False, world):
         raise ConnectionError(f"rank {world.rank} of {world.size}, {what}: another process failed, and says why")

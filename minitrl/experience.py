@@ -43,7 +43,7 @@ class RolloutOptions(CommonOptions):
     repetition_penalty: float = 1.0  # divides the logits of tokens that were there already; 1: off
     stop: tuple[str, ...] = ()  # strings that end a completion, beside the checkpoint's end tokens
     rollout_batch_size: int = 64  # sequences that a process decodes at a time
-    rollout_server: tuple[str, ...] = ()  # URLs of minitrl.server processes that sample; none: this process itself
+    rollout_server: tuple[str, ...] = ()  # URLs of servers that sample, of a vLLM vllm+http://...; none: this process
     rollout_timeout: float = 600.0  # seconds that a server's answer may take, and that a step waits for any server
     max_staleness: int = 0  # steps that weights may be behind which samples come from; 0: sample and train by turns
     rollout_tensor: int | None = None  # processes that divide every matrix of the sampler; none: --tensor
@@ -305,7 +305,10 @@ def generate_and_score(
     prompts = [row["prompt_ids"] for row in mine]
     repeated = [row for row in mine for _ in range(G)] if engine.tensor.rank == 0 else []
     names = repeated[0]["columns"] if repeated else {}
-    with together("sampling and scoring", world):
+    groups = None
+    # A team waits for each other in sampling. Where weights are divided it may last until --timeout: all save together.
+    tells = lambda: groups is not None or engine.tensor.size == 1 or world.divides
+    with together("sampling and scoring", world, tells):
         groups = sampled() if sampled else engine.generate(prompts, n=G, seed=seeds[part], **sampling)
         completions = [completion for group in groups for completion in group if engine.tensor.rank == 0]
         rewards_NF = rewards.score(

@@ -332,7 +332,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig, tensor: World = ALONE):
         super().__init__()
-        _check_slices(config, tensor.size)
+        _check_slices(config, tensor.size, tensor.option)
         self.config, self.tensor = config, tensor
         self.deterministic = False  # `make_deterministic` sets it
         self.gradient_checkpointing = False  # keep each layer's input only, and compute the layer again backward
@@ -368,7 +368,7 @@ class Model(nn.Module):
         Raises ValueError for adapters, whose products are not made for it, and for a slice of a model.
         """
         if self.tensor.size > 1:
-            raise ValueError("--deterministic: a model cut by --tensor has no such mode; use --shard or --replicate")
+            raise ValueError(f"--deterministic: a model cut by {self.tensor.option} has no such mode; leave one out")
         if self.adapters is not None:
             raise ValueError("deterministic: a model with LoRA adapters has no such mode; train all of it")
         for module in self.modules():
@@ -461,15 +461,15 @@ class Model(nn.Module):
         return torch.cat([part[:size] for part, size in zip(parts, sizes)]).T
 
 
-def _check_slices(config: ModelConfig, parts: int) -> None:
+def _check_slices(config: ModelConfig, parts: int, option: str) -> None:
     """ValueError where a model cannot be cut into so many slices."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name)
         if size % parts:
-            raise ValueError(f"--tensor {parts}: does not divide the model's {name}, {size}; choose one that does")
+            raise ValueError(f"{option} {parts}: does not divide the model's {name}, {size}; choose one that does")
     bounds = cuts(config.vocab_size, parts)
     if min(stop - start for start, stop in pairwise(bounds)) < 1:
-        raise ValueError(f"--tensor {parts}: the model's vocab_size, {config.vocab_size}, is too small to be cut into "
+        raise ValueError(f"{option} {parts}: the model's vocab_size, {config.vocab_size}, is too small to be cut into "
                          f"so many parts of {SPLIT} tokens or more; choose fewer")  # fmt: skip
 
 

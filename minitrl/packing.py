@@ -96,11 +96,6 @@ def pack_groups(prompts, completions, device="cpu") -> Pack:
     return pack(sequences, prefixes, device)
 
 
-def unpack(values_T: Tensor, pack: Pack) -> list[Tensor]:
-    """Split a per-token tensor into one view per segment."""
-    return list(values_T.split(pack.lengths))
-
-
 def pack_lengths(lengths, capacity: int, strategy: str = "bfd"):
     """Best-fit-decreasing bin packing: the bin of each document (int64 array), and how many bins there are.
 

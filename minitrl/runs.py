@@ -287,20 +287,21 @@ class Interrupt:
 
 
 class Seconds:
-    """Seconds per phase of a step: `with seconds("generate"): ...`, then `seconds.take()`."""
+    """Seconds per phase of a step: `with seconds("generate"): ...`, then `seconds.take()`. One within counts once."""
 
     def __init__(self, device: torch.device):
         self.device, self.phases = device, {}
 
     @contextmanager
     def __call__(self, phase: str):
-        began = time.perf_counter()
+        began = time.perf_counter() - sum(self.phases.values())
         try:
             yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # kernels run on after the call that started them
-            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - began
+            own = time.perf_counter() - began - sum(self.phases.values())
+            self.phases[phase] = self.phases.get(phase, 0.0) + own
 
     def take(self) -> dict[str, float]:
         """The phases since the last take, and start over."""
@@ -437,7 +438,8 @@ class Run:
         """Wait for the checkpoint that is being written, if any; raises what went wrong with it."""
         saving, self._saving = self._saving, None
         if saving:
-            saving.result()
+            with self.timed("saving"):
+                saving.result()
 
     @contextmanager
     def rescued(self, finished: Callable[[], int | None], save: Callable[[], None]):

@@ -627,16 +627,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--tensor_parallel_size {slices}: {world.size} processes were started; start as many "
                          "(torchrun --nproc_per_node), or for more throughput several servers, on several ports")
     if slices > 1:
-        world = distributed.with_mesh(world, (1, 1, slices), config.transfer_timeout)
-    try:
-        if config.model is None:  # as it is at the default --seed; a trainer with another sends its own
-            model, tokenizer = toy.build(CommonOptions.seed, world.device)
-        else:
-            model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device, world=world)
-        engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
-                        prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
-    except ValueError as error:  # which speaks of a trainer's option
-        raise ValueError(str(error).replace("--tensor ", "--tensor_parallel_size ")) from None
+        world = distributed.with_mesh(world, (1, 1, slices), config.transfer_timeout, "--tensor_parallel_size")
+    if config.model is None:  # as it is at the default --seed; a trainer with another sends its own
+        model, tokenizer = toy.build(CommonOptions.seed, world.device)
+    else:
+        model, tokenizer = checkpoint.load(config.model, getattr(torch, config.dtype), world.device, world=world)
+    engine = Engine(model, tokenizer, max_batch=config.max_batch, cache_gib=config.cache_gib,
+                    prefill_tokens=config.prefill_tokens, deterministic=config.deterministic)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(1) if stop.is_set() else stop.set())

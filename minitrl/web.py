@@ -95,7 +95,7 @@ class Fields:
 
     def __init__(self, body: bytes):
         try:
-            self.left, self.known = data._parse(body), []
+            self.left, self.known = data.strict_json(body), []
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not a JSON object: {str(error)[:200]}") from None
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minitrl import rewards
-from minitrl.data import RESERVED, load_prompts, order, read_jsonl
+from minitrl.data import RESERVED, load_prompts, numbered_rows, order
 
 
 class Bytes:
@@ -13,6 +13,10 @@ class Bytes:
 
     def prompt_ids(self, prompt):
         return list((prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)).encode())
+
+
+def rows_of(path) -> list[dict]:
+    return [row for _, row in numbered_rows(path)]
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def write(tmp_path):
 
 def test_reads_rows_with_bom_crlf_blank_lines_and_no_last_newline(write):
     path = write(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "b", "n": null}')
-    assert read_jsonl(path) == [{"prompt": "a"}, {"prompt": "b", "n": None}]
+    assert rows_of(path) == [{"prompt": "a"}, {"prompt": "b", "n": None}]
 
 
 def test_lines_end_at_newline_only_and_naughty_text_survives(write):
@@ -36,7 +40,7 @@ def test_lines_end_at_newline_only_and_naughty_text_survives(write):
     naughty.append("x" * 2_000_000)
     rows = [{"prompt": text} for text in naughty]
     path = write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert read_jsonl(path) == rows
+    assert rows_of(path) == rows
     assert [row["prompt"] for row in load_prompts(path, Bytes(), None)[0]] == naughty
 
 
@@ -62,23 +66,23 @@ def test_lines_end_at_newline_only_and_naughty_text_survives(write):
 def test_a_bad_line_is_named(write, line, message):
     path = write(b'{"prompt": "fine"}\n\n' + line + b'\n{"prompt": "fine"}\n')
     with pytest.raises(ValueError, match=message) as caught:
-        read_jsonl(path)
+        rows_of(path)
     assert str(caught.value).startswith(f"{path}:3: ")
 
 
 def test_files_that_hold_no_rows(write, tmp_path):
     for content in (b"", b"\n \r\n", b"\xef\xbb\xbf\n"):
         with pytest.raises(ValueError, match="no rows"):
-            read_jsonl(write(content))
+            rows_of(write(content))
     for missing in (tmp_path / "nowhere.jsonl", tmp_path):
         with pytest.raises(ValueError, match="no such file"):
-            read_jsonl(missing)
+            rows_of(missing)
 
 
 def test_parquet_is_refused_with_the_way_to_convert_it(write):
     for path in (write(b"PAR1\x15\x04", "a.jsonl"), write(b'{"prompt": "a"}', "a.parquet")):
         with pytest.raises(ValueError, match="from_parquet"):
-            read_jsonl(path)
+            rows_of(path)
 
 
 def test_prompts_of_both_kinds_with_all_other_keys_as_columns(write):

@@ -217,3 +217,15 @@ def test_sums_travel_on_the_processes_own_device(monkeypatch):
     monkeypatch.setattr(distributed.dist, "all_reduce", carry)
     with pytest.raises(LookupError, match="on meta"):
         distributed.sum_([torch.ones(3)], distributed.World(0, 2, torch.device("meta")))
+
+
+def test_sums_are_of_bounded_size(monkeypatch):
+    """Of gradients of a whole model no second copy is made; each part finds its tensor."""
+    seen = []
+    monkeypatch.setattr(distributed, "BUCKET", 8)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat, group=None: seen.append(len(flat.mul_(2))))
+    sizes = (3, 0, 4, 5, 1, 20, 2, 2)
+    tensors = [torch.full((n,), float(place)) for place, n in enumerate(sizes)]
+    distributed.sum_(tensors, distributed.World(0, 2, CPU))
+    assert seen == [7, 6, 24] and max(seen) <= 8 + 20
+    assert all(tensor.eq(2 * place).all() for place, tensor in enumerate(tensors))

@@ -14,7 +14,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Imports run one way. Left: a module; right: what of minitrl it may import. No algorithm imports another.
 LIBRARY = set(
     "ahead experience training runs console rollout lockstep sampling rollout_client transfer losses rewards data "
-    "packing pairs checkpoint disk state layout parallel lora model tokenizer distributed config kernels web".split()
+    "packing pairs checkpoint disk state layout parallel lora model tokenizer distributed config kernels web remote "
+    "vllm".split()
 )
 SCRIPTS = set("grpo sft dpo ppo reward server plan chat evaluate".split())
 ARROWS = {
@@ -35,7 +36,9 @@ ARROWS = {
     "state": {"disk", "distributed", "layout", "tokenizer"},
     "rewards": {"model", "disk", "checkpoint", "tokenizer", "pairs", "packing"},
     "lora": {"parallel", "model", "layout", "disk", "checkpoint", "tokenizer", "config", "runs", "distributed"},
-    "rollout_client": {"rollout", "transfer", "packing", "data", "distributed", "lora", "model"},
+    "rollout_client": {"remote", "vllm", "rollout", "transfer", "packing", "distributed", "lora", "model"},
+    "remote": {"transfer", "data", "distributed", "lora"},
+    "vllm": {"remote", "transfer", "layout", "web"},
     "transfer": {"parallel", "distributed", "layout"},
     "web": {"data"},
     "model": {"parallel", "distributed", "kernels", "packing"},

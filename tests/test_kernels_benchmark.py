@@ -88,7 +88,7 @@ def test_tables_of_the_readme(tmp_path, monkeypatch):
     """kernels/README.md's tables from results, and what stands there before there are any."""
     text = "\n".join(f"<!-- table: kernel_{name} -->\n<!-- end -->" for name in ("bytes", "compile", "gpus", "cpu"))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.filled(text).count("Not made yet") == 3 and "Not measured yet" in readme.filled(text)
+    assert readme.filled(text).count("Not made yet") == 2 and readme.filled(text).count("Not measured yet") == 2
     counted = {"whose": "minitrl", "kernel": "k", "shape": "T 1", "requested": 3e6, "touched": 2e6, "least": 2e6}
     compiled = {"kernel": "k", "case": "c", "dtype": "bfloat16", "registers": 99, "spills": 0, "blocks": 2, "mma": 8}
     case = small("matmul")
@@ -97,7 +97,7 @@ def test_tables_of_the_readme(tmp_path, monkeypatch):
     results = {
         "kernel_bytes": {"rows": [counted | {"workspace": 5e6}]},
         "compile": {"triton": "3.7.1", "rows": [compiled | {"target": "sm_90"}, compiled | {"target": "sm_80"}]},
-        "kernels_cpu": {"command": "python -m benchmarks.kernels", "device": "cpu", "rows": timed},
+        "kernels_cpu_2": {"command": "python -m benchmarks.kernels", "device": "cpu", "rows": timed},
         "kernels_H100": {"command": "the same", "device": "H100", "rows": [r | {"peak_bytes": 2**20} for r in timed]},
     }
     for name, value in results.items():

@@ -196,6 +196,6 @@ def test_bfloat16_shards_compute_what_a_bfloat16_model_does():
 
 
 def test_a_sampler_that_does_not_divide_is_refused_by_its_own_option():
-    model, three = whole_model("llama"), World(0, 3, CPU)
+    model, three = whole_model("llama"), World(0, 3, CPU, option="--rollout_tensor")
     with pytest.raises(ValueError, match="--rollout_tensor 3: does not divide the model's num_attention_heads, 8"):
         rollout_client.OwnEngine(model, None, torch.float32, three, three)

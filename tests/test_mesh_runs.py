@@ -30,6 +30,7 @@ from minitrl.config import parse
 from minitrl.distributed import ALONE, World
 from minitrl.model import Model, ModelConfig, with_scalar_head
 from minitrl.rollout import Completion
+from minitrl.rollout_client import OwnEngine
 from minitrl.tokenizer import Tokenizer
 
 TOLERANCE = 2e-6
@@ -387,6 +388,27 @@ def test_a_process_that_dies_is_one_line_where_pytorch_gathers_too(folder, tmp_p
     assert "Traceback" not in outcome.err, outcome.err
 
 
+def fail_alone_amid_sampling() -> None:
+    """In the third generation, which is step 2's: the first one is the evaluation's."""
+    generate, calls = OwnEngine.generate, []
+
+    def counted(engine, *prompts, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            engine._schedule = lambda: [][0]
+        return generate(engine, *prompts, **options)
+
+    OwnEngine.generate = counted
+
+
+def test_a_process_that_fails_alone_in_sampling_keeps_nobody_waiting(folder, tmp_path):
+    """Its neighbour, which samples with it, does not wait for --timeout, which here is longer than a test may last."""
+    words = argv(folder, "grpo", tmp_path / "run", rollout_tensor=2, timeout=300)
+    outcome = launch(words, 2, {1: fail_alone_amid_sampling})
+    assert outcome.codes == [1, 1] and "IndexError" in outcome.err, outcome
+    assert "another process is gone" in outcome.err and "step 1 is saved; --resume goes on" in outcome.out, outcome
+
+
 REFUSED = [
     ({"shard": 2, "use_peft": True}, "--use_peft True: must be off with --shard or --tensor above 1"),
     ({"tensor": 2, "use_peft": True}, "--use_peft True: must be off with --shard or --tensor above 1"),
@@ -403,6 +425,12 @@ REFUSED = [
 def test_what_is_not_built_is_refused_by_name(folder, tmp_path, options, said):
     outcome = launch(argv(folder, "grpo", tmp_path, **options), 2)
     assert outcome.codes == [1, 1] and said in outcome.err, outcome.err
+
+
+def test_a_samplers_slices_are_refused_by_their_own_name(folder, tmp_path):
+    outcome = launch(argv(folder, "grpo", tmp_path, rollout_tensor=4), 4)
+    message = "error: --rollout_tensor 4: does not divide the model's num_key_value_heads, 2"
+    assert outcome.codes == [1] * 4 and message in outcome.err, outcome.err
 
 
 @pytest.mark.parametrize("name", ["rollout_tensor", "rollout_cache_gib"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitrl import packing
-from minitrl.packing import Pack, pack, pack_groups, pack_lengths, plan_micro_batches, unpack
+from minitrl.packing import Pack, pack, pack_groups, pack_lengths, plan_micro_batches
 
 
 PROMPTS = [[10, 11, 12], [20, 21]]  # the groups of the picture, p0 = 10, q0 = 20, a0 = 30, ...
@@ -77,7 +77,7 @@ def test_pack_without_prefixes_and_with_nothing_in_it():
     assert alone.positions_T.tolist() == [0, 1, 0] and alone.segments_T.tolist() == [1, 1, 2]
     assert not alone.completion_T.any()
     nothing = pack([])
-    assert len(nothing.tokens_T) == 0 and nothing.cu_seqlens.tolist() == [0] and unpack(nothing.tokens_T, nothing) == []
+    assert len(nothing.tokens_T) == 0 and nothing.cu_seqlens.tolist() == [0] and not nothing.lengths
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_prompts_and_completions_must_match():
         pack_groups([[1], [2]], [[[3]]])
 
 
-def test_unpack_gives_views_of_each_segment():
+def test_lengths_cut_a_pack_into_its_segments():
     packed = pack_groups(PROMPTS, COMPLETIONS)
     values = torch.arange(24.0).view(12, 2).requires_grad_()
-    parts = unpack(values, packed)
+    parts = values.split(packed.lengths)
     assert [part[:, 0].tolist() for part in parts] == [[0, 2, 4], [6, 8], [10, 12, 14], [16, 18], [20, 22]]
     parts[2].sum().backward()
     assert values.grad[:, 0].tolist() == [0] * 5 + [1] * 3 + [0] * 4
-    assert [part.tolist() for part in unpack(packed.tokens_T, packed)][2] == [40, 41, 42]
+    assert [part.tolist() for part in packed.tokens_T.split(packed.lengths)][2] == [40, 41, 42]
 
 
 def test_to_moves_every_tensor_and_keeps_the_host_copies():

@@ -9,6 +9,9 @@ import pytest
 import torch
 from miniature import run
 from processes import run_processes
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytest.importorskip("triton")
 
@@ -54,6 +57,23 @@ def pretend(mesh, what: ModelConfig | None = None, **options) -> dict:
 # --- against a real step ---------------------------------------------------------------------------------------------
 
 
+class Lent(TorchDispatchMode):
+    """gloo works on copies, below the meter. Its own thread holds what it was given until it is run again, moments after
+    the collective is done: whether a buffer is still alive at a peak would be up to the system's scheduler."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented
+        if not function._schema.name.startswith("c10d::"):
+            return function(*args, **(kwargs or {}))
+        copies = tree_map_only(torch.Tensor, torch.clone, args)
+        work = function(*copies, **(kwargs or {}))[-1]
+        work.wait()
+        for x, copy in zip(tree_leaves(args[0]), tree_leaves(copies[0])):  # what it gives stands first
+            x.copy_(copy)
+        return args[0], work
+
+
 def plain(found: dict) -> dict:
     """As JSON has it, without what is nothing."""
     readings = {phase: dict(reading) for phase, reading in found.items()}
@@ -69,25 +89,25 @@ def real_steps(folder: str, names: list[str], meshes: list[tuple], options: dict
     for name, mesh in zip(names, meshes):
         part = world if mesh[1:] == (1, 1) else distributed.with_mesh(world, mesh, 60)
         attention.tiles.cache_clear()
-        found = plan.measure(config(mesh, **options), shape(), part)
+        with Lent():
+            found = plan.measure(config(mesh, **options), shape(), part)
         if world.rank == 0:
             with open(f"{folder}/{name}.json", "w") as file:
                 json.dump(plain(found), file)
     distributed.stop()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "names", "options"),
     [
         (2, ["replicate", "shard", "tensor"], {}),
         (4, ["replicate-shard", "shard-tensor"], {}),
-        (4, list(LAYOUTS), {}),
-        (4, list(LAYOUTS), {"gradient_checkpointing": False}),
+        pytest.param(4, list(LAYOUTS), {}, marks=pytest.mark.slow),
+        pytest.param(4, list(LAYOUTS), {"gradient_checkpointing": False}, marks=pytest.mark.slow),
     ],
 )
 def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, options, tmp_path, monkeypatch):
-    """Bytes of every kind, FLOPs, and what is sent, on the very same meter; the peaks to its threshold."""
+    """Bytes of every kind at the peak and after, FLOPs, and what is sent, on the very same meter: to the byte."""
     monkeypatch.setenv("MINITRL_KERNELS", "reference")
     meshes = [tuple(n and (n if n == 1 else n * processes // 4) for n in LAYOUTS[name]) for name in names]
     run_processes(real_steps, processes, str(tmp_path), names, meshes, options)
@@ -95,12 +115,7 @@ def test_a_pretended_step_asks_for_what_a_real_one_does(processes, names, option
         real = json.loads((tmp_path / f"{name}.json").read_text())
         pretended = json.loads(json.dumps(plain(pretend(mesh, **options))))
         for phase in real:
-            ours, theirs = pretended[phase], real[phase]
-            peaks = sum(ours.pop("peak").values()), sum(theirs.pop("peak").values())
-            assert peaks[0] == pytest.approx(peaks[1], rel=plan.NOTED - 1), (name, phase)
-            for side in (ours, theirs):  # gloo's own thread may hold what was sent a moment longer
-                side["kept"].pop("in transit", 0)
-            assert ours == theirs, (name, phase)
+            assert pretended[phase] == real[phase], (name, phase)
 
 
 # --- against formulas ------------------------------------------------------------------------------------------------

@@ -52,18 +52,18 @@ def test_samples_are_those_of_an_engine_here(tiny, pair):
         samples = remote.generate(PROMPTS, seed=SEEDS, **OPTIONS)
         assert same(samples, Engine(policy, tokenizer).generate(PROMPTS, seed=SEEDS, **OPTIONS))
         for server in pair:
-            assert server.worker.digest == transfer.digest(remote.tensors)
+            assert server.worker.digest == transfer.digest(remote.weights.tensors)
         with torch.no_grad():
             policy.layers[0].o_proj.weight.mul_(1.1)
     assert remote.mismatch < 1e-4
-    assert {c.versions[0][0] for group in samples for c in group} == {remote.version}
+    assert {c.versions[0][0] for group in samples for c in group} == {remote.weights.version}
 
 
 def test_texts_messages_and_nothing(tiny, pair):
     policy, tokenizer = changed(tiny)
     remote = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
     assert remote.generate([]) == []
-    assert pair[0].worker.digest == transfer.digest(remote.tensors), "rank 0 has to send even with no prompt of its own"
+    assert pair[0].worker.digest == transfer.digest(remote.weights.tensors), "rank 0 has to send even with no prompt of its own"
     options = {"max_tokens": 9, "seed": 3}
     assert same(remote.generate(["1+2="], **options), Engine(policy, tokenizer).generate(["1+2="], **options))
 
@@ -81,7 +81,8 @@ def test_another_rank_waits_until_rank_0_has_sent(tiny, pair):
     policy, tokenizer = changed(tiny, 0.97)
     first = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
     second = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=30)
-    second.world, second.version = distributed.World(1, 2, torch.device("cpu")), first.version
+    second.world = second.weights.world = distributed.World(1, 2, torch.device("cpu"))
+    second.weights.version = first.weights.version
     got = []
     thread = threading.Thread(target=lambda: got.append(second.generate(PROMPTS, seed=SEEDS, **OPTIONS)))
     thread.start()
@@ -120,7 +121,7 @@ def test_another_model_is_refused(tiny, pair, tmp_path):
     policy, tokenizer = checkpoint.load(tiny.folder / "model", torch.bfloat16)
     for rank in (0, 1):  # who waits for rank 0 would keep its error back
         remote = RemoteEngine([pair[0].url], policy, tokenizer, WORLD, timeout_s=3)
-        remote.world = distributed.World(rank, 2, torch.device("cpu"))
+        remote.world = remote.weights.world = distributed.World(rank, 2, torch.device("cpu"))
         with pytest.raises(ValueError, match=r"serves another model, or in another --dtype: tensor .* is float32"):
             remote.generate(PROMPTS[:1])
 
@@ -246,7 +247,7 @@ def test_one_of_two_is_killed_and_comes_back(tiny):
         assert same(remote.generate(prompts, seed=seeds, **options), expected)
         assert all(server.ready for server in remote.servers)
         status, state = serving.ask(second.url, "/weights")
-        assert status == 200 and state["digest"] == remote.digest
+        assert status == 200 and state["digest"] == remote.weights.digest
 
 
 def test_a_server_that_hangs_is_left_out(tiny):

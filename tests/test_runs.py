@@ -336,6 +336,17 @@ def test_seconds_add_up_by_phase():
     assert taken.keys() == {"sleep", "fail"} and 0.04 <= taken["sleep"] < 2 and seconds.take() == {}
 
 
+def test_seconds_within_others_count_once(monkeypatch):
+    clock = iter((10.0, 11.0, 14.0, 15.0, 18.0, 20.0))  # train: 1 + 1 + 2, saving: 3 + 3
+    monkeypatch.setattr("minitrl.runs.time.perf_counter", lambda: next(clock))
+    seconds = Seconds(CPU)
+    with seconds("train"):
+        for _ in range(2):
+            with seconds("saving"):
+                pass
+    assert seconds.take() == {"train": 4.0, "saving": 6.0}
+
+
 def test_peak_memory_is_in_bytes_and_stays():
     before = peak_memory(CPU)
     block = torch.ones(2**25)  # 128 MiB

@@ -237,11 +237,11 @@ def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
     for number in (6, 7):
         with remote.updating(number):
             scaled(policy)
-    old, new = remote.known
+    old, new = remote.weights.known
     answers = iter([[[old, 0, 2]], [[new + 7, 0, 2]], [[old, 0, 1], [new, 1, 2]], [[new, 0, 2]]])
 
     def ask(method, path, body, timeout):
-        assert body["weights"] == [remote.known[new][0]], "a request names the digests that it may begin with"
+        assert body["weights"] == [remote.weights.known[new][0]], "a request names the digests that it may begin with"
         logprobs = {"token_logprobs": [-1.0, -1.0]}
         return {"choices": [{"index": 0, "token_ids": [1, 2], "logprobs": logprobs, "finish_reason": "length",
                              "text": "", "weight_versions": next(answers)}]}  # fmt: skip
@@ -252,9 +252,9 @@ def test_what_is_too_old_is_dropped_counted_and_asked_again(tiny, monkeypatch):
     future = remote.ask(7, [[1]], max_tokens=2)
     assert future.result(20) == [[Completion([1, 2], [-1.0, -1.0], "", "length", ((7, 0, 2),))]]
     assert remote.too_old == 3
-    monkeypatch.setattr(rollout_client._Server, "ask", lambda *_: {"choices": [{"weight_versions": [[[], 0, 1]]}]})
+    monkeypatch.setattr(remote.servers[0], "ask", lambda *_: {"choices": [{"weight_versions": [[[], 0, 1]]}]})
     with pytest.raises(Lost):
-        remote._completions(rollout_client._Server("http://x"), {"n": 1, "max_tokens": 2}, 7)
+        remote._completions(remote.servers[0], {"n": 1, "max_tokens": 2}, 7)
 
 
 def test_a_server_refuses_what_it_is_too_old_for(tiny, server):
@@ -415,7 +415,7 @@ def test_which_generation_is_asked_for_when(bound, each, expected):
     config = grpo.Config(model="m", dataset="d", reward=("random",), prompts_per_step=2, num_iterations=each,
                          max_staleness=bound, rollout_server=("http://127.0.0.1:1",))  # fmt: skip
     asked = []
-    engine = SimpleNamespace(known={1: ("", 0)}, tensor=WORLD)
+    engine = SimpleNamespace(weights=SimpleNamespace(known={1: ("", 0)}), tensor=WORLD)
     engine.ask = lambda least, prompts, **options: asked[-1].append(least)
     samples = ahead.Ahead(engine, [{"prompt_ids": [0]}] * 20, config, SimpleNamespace(world=WORLD, total_steps=5))
     for step in range(6):

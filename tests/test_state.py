@@ -4,6 +4,7 @@ Each number of each tensor of the whole is a function of the tensor's name and k
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from processes import run_processes
 from safetensors import safe_open
 from test_layouts import FAMILY, SHAPE, parts_of, whole_model
 
-from minitrl import checkpoint, disk, distributed, layout, parallel, training
+from minitrl import checkpoint, disk, distributed, layout, parallel, state, training
 from minitrl.distributed import ALONE, World
 from minitrl.model import ModelConfig
 from minitrl.state import Pieces, load_state, save_state
@@ -215,6 +216,25 @@ def test_what_the_files_lack_is_named(tmp_path):
     del pieces.boxes["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(ValueError, match="lacks 1024 numbers of master.model.layers.1.self_attn.k_proj.weight"):
         optimizer.load_state_tensors(pieces.local(optimizer.held))
+
+
+@pytest.mark.parametrize("version", [2, state.VERSION])
+def test_boxes_stand_in_the_files_or_as_before_in_state_json(version, tmp_path, monkeypatch):
+    model, optimizer = optimizer_of("qwen3", ALONE)
+    optimizer.step(0.1)
+    write = disk.write_whole
+
+    def as_before(path, tensors, about=None):
+        return write(path, tensors) | {name: json.loads(text) for name, text in (about or {}).items()}
+
+    with monkeypatch.context() as patch:
+        if version == 2:
+            patch.setattr(state, "VERSION", 2)
+            patch.setattr(disk, "write_whole", as_before)
+        save_state(tmp_path, 1, {"optimizer": optimizer.state_tensors()}, {}, held=optimizer.held)
+    assert ("k_proj" in (tmp_path / "checkpoints/step_1/state.json").read_text()) == (version == 2)
+    found = load_state(tmp_path)[1]["optimizer"].local(optimizer.held)
+    assert all(torch.equal(state.read(found[name]), x) for name, x in optimizer.state_tensors().items())
 
 
 @pytest.mark.parametrize("dtype", disk.DTYPES)
