@@ -361,6 +361,19 @@ def test_every_token_knows_its_weights(monkeypatch):
     assert {len(c.versions) for r in requests for c in r.results} >= {1, 3}
 
 
+def test_keys_of_older_weights_get_no_name(monkeypatch):
+    """A page that was begun with them is filled under the new ones: who begins with the same ids computes all anew."""
+    engine = Engine(tiny(), Letters(), page_size=4)
+    first = engine.submit(prompt_of(2), max_tokens=12, ignore_eos=True)
+    engine.step()
+    engine.weights_changed(1)
+    finish(engine)
+    steps = count_fed(engine, monkeypatch)
+    engine.submit(prompt_of(2) + first.results[0].ids + [1], max_tokens=1)
+    finish(engine)
+    assert steps[0][0][1] == 15
+
+
 def test_packed_weights_are_packed_anew():
     """A model whose matrices are large enough to be packed: copies of the old weights must not serve the new ones."""
     model = tiny(hidden_size=512, intermediate_size=600, num_hidden_layers=1)
