@@ -125,7 +125,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `linear` computes, for use inside of an autograd.Function. Either matrix may be a transposed view."""
-    if x.dtype == torch.float32 and _suits_onednn(x, weight):
+    if len(x) >= FEW_ROWS and x.dtype == torch.float32 and _suits_onednn(x, weight):
         return _multiply(x, _pack(weight), bias)
     return F.linear(x, weight, bias)
 
