@@ -13,7 +13,7 @@ from test_rollout import END, Letters, expected_logprobs, full_logits, prompt_of
 
 from minitrl import checkpoint
 from minitrl.rollout import Engine
-from minitrl.sampling import Sampling, processed_logits, sample
+from minitrl.sampling import Sampling, draw, processed_logits, sample
 
 SINGLE = {"temperature": 1.6, "top_k": 14, "top_p": 0.93, "min_p": 0.04, "repetition_penalty": 1.5, "min_tokens": 99}
 COMBINATIONS = [
@@ -82,6 +82,18 @@ def test_the_combinations_are_many():
     assert len(set(different)) >= 40
     depths = [sum(x > -math.inf for x in row) for row in different]
     assert min(depths) > 3, "there is something to draw"
+
+
+def test_rare_tokens_are_not_lost_in_the_sum():
+    """131,072 tokens of 1e-9 behind one of 1: a float32 sum over the vocabulary moves in steps of a hundred of them."""
+    weights = torch.full((2**17,), 1e-9)
+    weights[:256] = 0
+    weights[7] = 1
+    wanted = torch.arange(256, 2**17, 2003)
+    targets = 1 + (wanted.double() - 256 + 0.5) * weights[-1].double()
+    ids, totals = draw(weights.expand(len(wanted), -1), targets / weights.double().sum())
+    assert ids.tolist() == wanted.tolist()
+    torch.testing.assert_close(totals, weights.double().sum().expand(len(wanted)), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("options", ALL, ids=str)

@@ -349,6 +349,24 @@ def test_an_update_amid_generation_drops_nothing_and_tells_each_tokens_version(t
     assert later["token_ids"] == Engine(new, tokenizer).generate([PROMPT], seed=1, max_tokens=3, ignore_eos=True)[0][0].ids
 
 
+def test_new_weights_forget_what_the_old_computed(tiny):
+    """A prompt of several pages, which the server knows, is computed anew."""
+    model, tokenizer = checkpoint.load(tiny.folder / "model")
+    options = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    body = {"prompt": [2 + i % 9 for i in range(40)], "return_token_ids": True, "logprobs": 0, **options}
+    with serving.here(tiny) as server:
+        before = ask(server.url, "/v1/completions", body)[1]["choices"][0]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.3)
+        serving.send_weights(server.url, model.config, dict(model.named_parameters()), 1)
+        after = ask(server.url, "/v1/completions", body)[1]["choices"][0]
+    ours = Engine(model, tokenizer).generate([body["prompt"]], **options)[0][0]
+    assert after["token_ids"] == ours.ids
+    assert after["logprobs"]["token_logprobs"] == pytest.approx(ours.logprobs, abs=1e-5)
+    assert before["logprobs"] != after["logprobs"]
+
+
 def test_a_request_may_insist_on_its_weights(server):
     state = ask(server.url, "/weights")[1]
     assert state["tensors"] == transfer.describe(server.worker.engine.model.config, torch.float32)
@@ -444,3 +462,22 @@ def test_options_that_cannot_be(tiny, capsys):
     with pytest.raises(SystemExit):
         config.parse(server.Config, [])
     assert "--model None: must be given with --dtype bfloat16 or" in capsys.readouterr().err
+
+
+def test_the_engine_is_as_the_options_say(tiny, monkeypatch):
+    from minitrl import server
+
+    def engine(model, tokenizer, **options):
+        raise ValueError(f"{model.head_weight.dtype} {sorted(options.items())}")
+
+    monkeypatch.setattr(server, "Engine", engine)
+    argv = ["--model", str(tiny.folder / "model"), "--max_batch", "3", "--cache_gib", "0.5", "--prefill_tokens", "7"]
+    asked = [("cache_gib", 0.5), ("deterministic", False), ("max_batch", 3), ("prefill_tokens", 7)]
+    for more, dtype, options in (
+        ([], "torch.bfloat16", asked),
+        (["--deterministic", "--dtype", "float32"], "torch.float32", [("deterministic", True) if name == "deterministic" else
+                                                                       (name, value) for name, value in asked]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            server.main([*argv, *more])
+        assert str(error.value) == f"{dtype} {options}"

@@ -270,6 +270,14 @@ def test_http_that_is_none(server, request_bytes, status):
     assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"] == status
 
 
+def test_a_body_of_the_largest_size_is_read_and_a_larger_one_is_not(server):
+    """S3: to the byte."""
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    for length, status in ((server.max_body, b"400"), (server.max_body + 1, b"413")):
+        answer = raw(server.url, head + b"Content-Length: %d\r\n\r\n" % length + b" " * length)
+        assert answer[9:12] == status, answer[:200]
+
+
 def test_good_http_in_many_pieces(server):
     """Several requests on one connection, however the bytes fall."""
     body = json.dumps(GOOD).encode()
