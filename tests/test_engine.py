@@ -114,7 +114,7 @@ def test_the_process_stays_within_the_bound():
 
 def test_growing_waits_for_a_rendering(monkeypatch):
     """While a chat template is rendered the whole process's memory is limited: a cache that grows would hit that."""
-    monkeypatch.setattr("minitrl.tokenizer.MAX_TEMPLATE_MEMORY", 2**20)
+    monkeypatch.setattr("minitrl.tokenizer.MAX_TEMPLATE_MEMORY", 2**26)  # a thread takes some of it
     pool = PagePool(tiny().layers, 2**16, None, torch.zeros(1))  # 64 pages of it are some GiB, on which nobody writes
     thread = threading.Thread(target=pool.take, args=(1,))
     with RENDERING, _limited_memory():
