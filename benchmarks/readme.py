@@ -201,6 +201,22 @@ def server_load() -> str:
     return markdown(["", ""], rows) + f"\n\n`{found['command']}`"
 
 
+def vllm() -> str:
+    """GRPO through a real vLLM, and its server beside ours."""
+    found, rows = result("vllm"), []
+    if run := found.get("train"):
+        rows += [["GRPO steps, weights sent before each", run["steps"]]]
+        rows += [["mean reward, first and second half", f"{run['first_half']:.3f} → {run['second_half']:.3f}"]]
+        off = f"{run['mismatch_largest']:.3f}, {run['mismatch_median']:.3f} nats"
+        rows += [["log-probs of 8 greedy tokens off after an update: most, median", off]]
+    for row in found.get("serve", []):
+        how = "compiled" if row["compiled"] else "eager"
+        both = f"{row['ours_tokens_per_second']:.0f}, {row['theirs_tokens_per_second']:.0f}"
+        times = f"{both} tokens/s: **{row['times_as_fast']:.2f}** times as fast"
+        rows += [[f"{row['requests']} requests at once, minitrl.server and vLLM ({how}), bfloat16", times]]
+    return markdown(["", ""], rows)
+
+
 def defaults() -> str:
     """Every option of grpo.py, with TRL's default where it has the option."""
     rows = []
@@ -378,6 +394,7 @@ TABLES = {
     "pipeline_real": lambda: pipeline("real"),
     "packing": packing,
     "server_load": server_load,
+    "vllm": vllm,
     "options_sft": lambda: options(sft, CommonOptions),
     "options_reward": lambda: options(reward, CommonOptions),
     "options_dpo": lambda: options(dpo, CommonOptions),
