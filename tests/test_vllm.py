@@ -198,6 +198,55 @@ def test_an_update_that_fails_leaves_it_torn_and_awake(tiny, server, fault, monk
     assert same(remote.generate(PROMPTS[:2], seed=SEEDS[:2], **OPTIONS), expected(remote, PROMPTS[:2], SEEDS[:2]))
 
 
+def test_a_resume_that_is_lost(tiny, server):
+    """It has the right weights then, and would hold all requests for ever."""
+    remote, lost = engine(tiny, server, timeout_s=5), []
+
+    def after(path, answer):
+        if path == "/resume" and not lost:
+            lost.append(server.open.clear())
+            return None
+        return answer
+
+    server.after = after
+    assert same(remote.generate(PROMPTS[:2], seed=SEEDS[:2], **OPTIONS), expected(remote, PROMPTS[:2], SEEDS[:2]))
+    assert lost
+
+
+@pytest.mark.parametrize("amid, lost", [("/pause", False), ("/pause", True), ("/update_weight_version", False)])
+def test_a_trainer_that_ends_amid_an_update_leaves_it_awake(tiny, server, amid, lost):
+    remote, there = engine(tiny, server), threading.Event()
+
+    def after(path, answer):
+        if path != amid or there.is_set():
+            return answer
+        there.set()
+        time.sleep(0.5)  # busy with a model's step
+        return None if lost else answer
+
+    server.after = after
+    with remote.updating(0):
+        pass
+    assert there.wait(60)
+    remote.close([])
+    assert server.open.is_set()
+
+
+def test_a_prompt_that_leaves_room_for_few_tokens(tiny, server):
+    """A comparison asks for no more than fits."""
+    assert engine(tiny, server, timeout_s=5).generate([PROMPTS[0] * 15], max_tokens=4)
+
+
+def test_a_model_that_does_not_tell_its_head_dim(tiny, server):
+    """A Qwen2's configuration has none: it follows from the others."""
+    config = server.worker.described
+    assert config.pop("head_dim") == config["hidden_size"] // config["num_attention_heads"]
+    assert engine(tiny, server).generate(PROMPTS[:1], max_tokens=3)
+    config["head_dim"] = 4
+    with pytest.raises(ValueError, match="head_dim is 4 there"):
+        engine(tiny, server).generate(PROMPTS[:1])
+
+
 def test_one_of_two_goes_and_comes_back(tiny, server):
     """Amid completions, and then at the same address with the weights on its disk."""
     with vllm_stand_in.here(tiny) as other:
