@@ -70,7 +70,7 @@ class RemoteEngine:
     timeout_s: that a request may take, and that a step may be without any server."""
 
     def __init__(self, urls, policy, tokenizer, world: World, timeout_s: float = 600.0):
-        urls = [url for given in urls for url in given.split(",")]
+        urls = [url.rstrip("/") for given in urls for url in given.split(",")]
         if len(set(urls)) < len(urls):
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
@@ -80,7 +80,7 @@ class RemoteEngine:
         self.mismatch = 0.0  # nats, the largest found after an update
         self.still = threading.Lock()  # held while weights are sent, and while they change
         self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
-        self.probe = None  # a prompt to compare a server by, and how many tokens have room behind it
+        self.probe = list(range(8)), 8  # a prompt to compare a server by, the last of ours, and how many tokens fit
         self.background, self.courier = ThreadPoolExecutor(IN_FLIGHT), None  # rank 0's, who sends the weights
         self.changed, self.ended = threading.Event(), threading.Event()
 
@@ -188,7 +188,7 @@ class RemoteEngine:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 server.update(state, self.timeout_s)
             mine = self.world.rank == 0 and self.weights.senders == 1
-            if self.probe and mine and server.compared < server.comparisons:
+            if mine and server.compared < server.comparisons:
                 self._compare(server, *self.probe)
                 server.compared += 1
         except (Lost, OSError) as error:

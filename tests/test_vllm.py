@@ -49,9 +49,10 @@ def test_samples_are_those_of_the_policy(tiny, server):
 
 
 def test_the_order_of_an_update(tiny, server):
-    """Held before anything changes, and running again only when all is whole."""
+    """Held before anything changes, running again only when all is whole, and then compared."""
     engine(tiny, server).generate([])
     called = [path for path in server.asked if path not in ("/weight_info", "/v1/models")]
+    assert called.pop().startswith("minitrl ")  # a completion, and by which weights
     assert called == ["/collective_rpc", "/pause?mode=keep", "/collective_rpc",
                       "/reset_prefix_cache?reset_running_requests=true", "/update_weight_version", "/resume"]  # fmt: skip
 
@@ -179,6 +180,19 @@ def test_a_head_that_stays_as_it_was_ends_the_run(tiny, server):
     server.faults.add("stale head")
     with pytest.raises(ValueError, match="it does not sample from these weights"):
         engine(tiny, server, factor=1.3).generate(PROMPTS[:1])
+
+
+def test_it_is_compared_before_there_is_a_prompt(tiny, server):
+    """By the courier of the first weights, or by rank 0 that has none of the prompts: the others would sample."""
+    server.faults.add("stale head")
+    remote = engine(tiny, server, factor=1.3)
+    with pytest.raises(ValueError, match="it does not sample from these weights"):
+        remote.generate([])
+    with remote.updating(0):
+        pass
+    time.sleep(0.5)
+    assert not remote.servers[0].ready
+    remote.close([])
 
 
 @pytest.mark.parametrize("fault", ["worker", "cache"])
