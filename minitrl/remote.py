@@ -120,6 +120,7 @@ class Server:
     """
 
     comparisons = math.inf  # of its log-probs with the policy's: one after each update
+    held = False  # by us: it is being given weights, or has them and waits to be told to go on
 
     def __init__(self, url: str, weights: Weights):
         parts = urlsplit(url.removeprefix("vllm+"))

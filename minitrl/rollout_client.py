@@ -70,7 +70,7 @@ class RemoteEngine:
     timeout_s: that a request may take, and that a step may be without any server."""
 
     def __init__(self, urls, policy, tokenizer, world: World, timeout_s: float = 600.0):
-        urls = [url for given in urls for url in given.split(",")]
+        urls = [url.rstrip("/") for given in urls for url in given.split(",")]
         if len(set(urls)) < len(urls):
             raise ValueError(f"--rollout_server {' '.join(urls)}: one stands there twice")
         self.policy, self.tokenizer, self.world, self.timeout_s = policy, tokenizer, world, timeout_s
@@ -80,7 +80,7 @@ class RemoteEngine:
         self.mismatch = 0.0  # nats, the largest found after an update
         self.still = threading.Lock()  # held while weights are sent, and while they change
         self.too_old = 0  # completions that came from older weights than were asked for, and were asked for again
-        self.probe = None  # a prompt to compare a server by
+        self.probe = list(range(8)), 8  # a prompt to compare a server by, the last of ours, and how many tokens fit
         self.background, self.courier = ThreadPoolExecutor(IN_FLIGHT), None  # rank 0's, who sends the weights
         self.changed, self.ended = threading.Event(), threading.Event()
 
@@ -118,9 +118,11 @@ class RemoteEngine:
         """End what was asked for, and the sending."""
         self.ended.set()
         self.changed.set()
+        patience = time.monotonic() + 30.0  # seconds: who is held for its weights is to be let go by its sender
         while wait(asked, 0.1).not_done or (self.courier and (self.courier.join(0.1) or self.courier.is_alive())):
             with suppress(RuntimeError):  # another is opened just now: the next turn has it
-                for connected in [connected for server in self.servers for connected in server.sockets]:
+                over = [server for server in self.servers if not server.held or time.monotonic() > patience]
+                for connected in [connected for server in over for connected in server.sockets]:
                     with suppress(OSError):
                         connected.shutdown(socket.SHUT_RDWR)
 
@@ -128,7 +130,7 @@ class RemoteEngine:
         """A request for each prompt."""
         ids = [p if isinstance(p, list) and isinstance(p[0], int) else self.tokenizer.prompt_ids(p) for p in prompts]
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(ids)
-        self.probe = ids[0] if ids else self.probe
+        self.probe = (ids[0], min(max_tokens, 8)) if ids else self.probe
         return [
             {"prompt": prompt, "seed": s, "n": n, "max_tokens": max_tokens, "logprobs": 0, "return_token_ids": True}
             | {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
@@ -186,8 +188,8 @@ class RemoteEngine:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 server.update(state, self.timeout_s)
             mine = self.world.rank == 0 and self.weights.senders == 1
-            if self.probe and mine and server.compared < server.comparisons:
-                self._compare(server, self.probe)
+            if mine and server.compared < server.comparisons:
+                self._compare(server, *self.probe)
                 server.compared += 1
         except (Lost, OSError) as error:
             self._leave_out(server, error)
@@ -197,9 +199,9 @@ class RemoteEngine:
             self.lock.notify_all()
 
     @torch.no_grad()
-    def _compare(self, server: Server, prompt: list[int]) -> None:
+    def _compare(self, server: Server, prompt: list[int], tokens: int) -> None:
         """A server's log-probs of a greedy completion against the policy's own."""
-        (body,) = self._bodies([prompt], 1, 8, 0, {"temperature": 0.0, "ignore_eos": True})
+        (body,) = self._bodies([prompt], 1, tokens, 0, {"temperature": 0.0, "ignore_eos": True})
         (completion,) = self._completions(server, body)
         pack = pack_groups([prompt], [[completion.ids]], self.world.device)
         ours = self.policy.logprobs(pack, pack.completion_T)[0][pack.completion_T].cpu()

@@ -47,17 +47,18 @@ class VLLM(Server):
         expected = {name: getattr(policy.config, name) for name in SIZES}
         dtype = str(policy.head_weight.dtype).removeprefix("torch.")
         expected |= {"dtype": dtype, "logprobs_mode": "processed_logprobs", "chunks_on_cpu": False}
+        implied = {"head_dim": policy.config.hidden_size // policy.config.num_attention_heads}  # a Qwen2 does not tell
         for worker in (workers := self._workers("minitrl_state", 30.0)):
             for name, ours in expected.items():
-                if (theirs := worker.get(name)) != ours:
+                if (theirs := (implied | worker).get(name)) != ours:
                     remedy = REMEDIES.get(name, "it serves another model, or in another --dtype")
                     raise ValueError(f"{here}{name} is {str(theirs)[:40]} there and not {ours}: {remedy}")
-        return self._version() in self._names(None), {"workers": len(workers)}
+        return self._version() in self._names(None) and not self.held, {"workers": len(workers)}
 
     def update(self, state: dict, timeout_s: float) -> None:
-        tell, version = partial(self.ask, "POST", timeout_s=timeout_s), "torn"
-        tell("/pause?mode=keep", {})
+        tell, version, self.held = partial(self.ask, "POST", timeout_s=timeout_s), "torn", True
         try:
+            tell("/pause?mode=keep", {})  # which it may do though its answer is lost
             with offered(self.weights, transfer.local_address(self.host, self.port), state["workers"]) as where:
                 for worker in self._workers("minitrl_pull", timeout_s, **where):
                     if "error" in worker:
@@ -68,6 +69,7 @@ class VLLM(Server):
         finally:  # a server that cannot be told is not woken up
             tell("/update_weight_version", {"new_version": version})
             tell("/resume", {})
+            self.held = False
 
     def answer(self, body: dict, least: int | None, timeout_s: float) -> tuple[dict, int]:
         if unknown := body.keys() - DEFAULTS.keys() - ASKED:

@@ -114,7 +114,7 @@ def test_bad_requests_are_the_users(tiny, pair):
         with pytest.raises(ValueError, match="--rollout_server"):
             RemoteEngine([url], policy, tokenizer, WORLD)
     with pytest.raises(ValueError, match="twice"):
-        RemoteEngine(["http://localhost,http://localhost"], policy, tokenizer, WORLD)
+        RemoteEngine(["http://localhost,http://localhost/"], policy, tokenizer, WORLD)
 
 
 def test_another_model_is_refused(tiny, pair, tmp_path):

@@ -49,9 +49,10 @@ def test_samples_are_those_of_the_policy(tiny, server):
 
 
 def test_the_order_of_an_update(tiny, server):
-    """Held before anything changes, and running again only when all is whole."""
+    """Held before anything changes, running again only when all is whole, and then compared."""
     engine(tiny, server).generate([])
     called = [path for path in server.asked if path not in ("/weight_info", "/v1/models")]
+    assert called.pop().startswith("minitrl ")  # a completion, and by which weights
     assert called == ["/collective_rpc", "/pause?mode=keep", "/collective_rpc",
                       "/reset_prefix_cache?reset_running_requests=true", "/update_weight_version", "/resume"]  # fmt: skip
 
@@ -181,6 +182,19 @@ def test_a_head_that_stays_as_it_was_ends_the_run(tiny, server):
         engine(tiny, server, factor=1.3).generate(PROMPTS[:1])
 
 
+def test_it_is_compared_before_there_is_a_prompt(tiny, server):
+    """By the courier of the first weights, or by rank 0 that has none of the prompts: the others would sample."""
+    server.faults.add("stale head")
+    remote = engine(tiny, server, factor=1.3)
+    with pytest.raises(ValueError, match="it does not sample from these weights"):
+        remote.generate([])
+    with remote.updating(0):
+        pass
+    time.sleep(0.5)
+    assert not remote.servers[0].ready
+    remote.close([])
+
+
 @pytest.mark.parametrize("fault", ["worker", "cache"])
 def test_an_update_that_fails_leaves_it_torn_and_awake(tiny, server, fault, monkeypatch):
     remote = engine(tiny, server, timeout_s=2)
@@ -196,6 +210,55 @@ def test_an_update_that_fails_leaves_it_torn_and_awake(tiny, server, fault, monk
     for known in remote.servers:
         known.again = 0.0
     assert same(remote.generate(PROMPTS[:2], seed=SEEDS[:2], **OPTIONS), expected(remote, PROMPTS[:2], SEEDS[:2]))
+
+
+def test_a_resume_that_is_lost(tiny, server):
+    """It has the right weights then, and would hold all requests for ever."""
+    remote, lost = engine(tiny, server, timeout_s=5), []
+
+    def after(path, answer):
+        if path == "/resume" and not lost:
+            lost.append(server.open.clear())
+            return None
+        return answer
+
+    server.after = after
+    assert same(remote.generate(PROMPTS[:2], seed=SEEDS[:2], **OPTIONS), expected(remote, PROMPTS[:2], SEEDS[:2]))
+    assert lost
+
+
+@pytest.mark.parametrize("amid, lost", [("/pause", False), ("/pause", True), ("/update_weight_version", False)])
+def test_a_trainer_that_ends_amid_an_update_leaves_it_awake(tiny, server, amid, lost):
+    remote, there = engine(tiny, server), threading.Event()
+
+    def after(path, answer):
+        if path != amid or there.is_set():
+            return answer
+        there.set()
+        time.sleep(0.5)  # busy with a model's step
+        return None if lost else answer
+
+    server.after = after
+    with remote.updating(0):
+        pass
+    assert there.wait(60)
+    remote.close([])
+    assert server.open.is_set()
+
+
+def test_a_prompt_that_leaves_room_for_few_tokens(tiny, server):
+    """A comparison asks for no more than fits."""
+    assert engine(tiny, server, timeout_s=5).generate([PROMPTS[0] * 15], max_tokens=4)
+
+
+def test_a_model_that_does_not_tell_its_head_dim(tiny, server):
+    """A Qwen2's configuration has none: it follows from the others."""
+    config = server.worker.described
+    assert config.pop("head_dim") == config["hidden_size"] // config["num_attention_heads"]
+    assert engine(tiny, server).generate(PROMPTS[:1], max_tokens=3)
+    config["head_dim"] = 4
+    with pytest.raises(ValueError, match="head_dim is 4 there"):
+        engine(tiny, server).generate(PROMPTS[:1])
 
 
 def test_one_of_two_goes_and_comes_back(tiny, server):
