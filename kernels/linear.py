@@ -12,14 +12,14 @@ switch for that, but there are the operators that torch.compile uses: one lays a
 * Sampling multiplies by the same weights again and again. Within `packed_weights` these are packed once, and what comes
   after the product, a residual or the gate of an MLP, is done to it before it leaves the registers.
 
-All is summed in the inputs' own precision, as by F.linear, in another order.
-
-In the deterministic mode a row's bits depend on that row and the weight alone. On a GPU matmul.py sees to that. On a
-CPU TILE rows are multiplied at a time, however many there are (zeros fill the last tile up), and exponentials are those
-of `exp`: PyTorch's silu and exp2 give a number other bits in the last, unfilled vector of an array than elsewhere.
+All is summed in the inputs' own precision, as by F.linear, in another order. In the deterministic mode a row's bits
+depend on that row and the weight alone. On a GPU matmul.py sees to that. On a CPU TILE rows are multiplied at a time,
+however many there are (zeros fill the last tile up), and exponentials are those of `exp`: PyTorch's silu and exp2 give
+a number other bits in the last, unfilled vector of an array than elsewhere.
 """
 
 import platform
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -33,7 +33,12 @@ SMALL = 2**18  # below so many numbers in a weight, so does the call
 TILE = 16  # rows of a product in the deterministic mode
 COLUMNS = 2048  # of a vocabulary that are multiplied at a time
 
-_packed: dict[tuple, Tensor | list[Tensor]] | None = None  # a weight's address and shape -> packed copy, or its halves'
+
+class _Copies(threading.local):  # each thread's own: one that samples must not leave its copies to one that trains
+    packed: dict[tuple, Tensor | list[Tensor]] | None = None  # a weight's address and shape -> its copy, or its halves'
+
+
+_copies = _Copies()
 
 
 def _has_onednn() -> bool:
@@ -54,12 +59,11 @@ def packed_weights(copies: dict | None = None):
 
     copies: where to keep them, and to find those of an earlier time. By default they are forgotten in the end.
     """
-    global _packed
-    outer, _packed = _packed, {} if copies is None else copies
+    outer, _copies.packed = _copies.packed, {} if copies is None else copies
     try:
         yield
     finally:
-        _packed = outer
+        _copies.packed = outer
 
 
 def linear(
@@ -116,7 +120,7 @@ def swiglu(
 
 def _sampling(x: Tensor, weight: Tensor) -> bool:
     """Whether the weight is multiplied by its packed copy."""
-    return _packed is not None and _suits_onednn(x, weight) and not torch.is_grad_enabled()
+    return _copies.packed is not None and _suits_onednn(x, weight) and not torch.is_grad_enabled()
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -135,7 +139,7 @@ def fixed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if not HAS_ONEDNN or x.dtype not in DTYPES:
         kinds = " or ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"deterministic: on a CPU it is there for x86-64 and {kinds}, not {x.dtype}, with oneDNN")
-    packed = _pack(weight) if _packed is None else _packed_once(weight, _pack)
+    packed = _pack(weight) if _copies.packed is None else _packed_once(weight, _pack)
     whole = x if len(x) % TILE == 0 else F.pad(x, (0, 0, 0, -len(x) % TILE))
     out = [_multiply(tile, packed, bias) for tile in whole.split(TILE)]
     return (out[0] if len(out) == 1 else torch.cat(out))[: len(x)]
@@ -193,9 +197,9 @@ def _pack(weight: Tensor) -> Tensor:
 def _packed_once(weight: Tensor, pack):
     """What `pack` makes of the weight, made at its first use within `packed_weights`."""
     key = weight.data_ptr(), weight.shape
-    if key not in _packed:
-        _packed[key] = pack(weight)
-    return _packed[key]
+    if key not in _copies.packed:
+        _copies.packed[key] = pack(weight)
+    return _copies.packed[key]
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:

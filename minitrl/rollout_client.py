@@ -187,8 +187,7 @@ class RemoteEngine:
                 if self.world.rank > 0:
                     raise Lost("waits for rank 0 to send it the weights", busy=True)
                 server.update(state, self.timeout_s)
-            mine = self.world.rank == 0 and self.weights.senders == 1
-            if mine and server.compared < server.comparisons:
+            if self.world.rank == 0 and self.weights.senders == 1 and server.compared < server.comparisons:
                 self._compare(server, *self.probe)
                 server.compared += 1
         except (Lost, OSError) as error:

@@ -1,5 +1,7 @@
 """The product with a weight, by oneDNN where that is faster: as exact as PyTorch's own, never of an old weight."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ def test_training_within_the_context():
 def test_the_context_ends_with_an_error():
     with pytest.raises(KeyError), packed_weights():
         raise KeyError
-    assert file._packed is None
+    assert file._copies.packed is None
 
 
 def test_frozen_inputs():
@@ -100,3 +102,28 @@ def test_frozen_inputs():
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
         assert torch.equal(leaf.grad, whole[f"d_{name}"])
     assert not linear(**given).requires_grad
+
+
+@ONEDNN
+def test_a_thread_that_samples_leaves_its_copies_to_nobody():
+    """Another thread's copies, stale ones at that, are never multiplied by: not amid its sampling, and not after."""
+    given, entered, leave = inputs(8, SHAPES[0], torch.float32), threading.Event(), threading.Event()
+    key = given["weight"].data_ptr(), given["weight"].shape
+    stale = {key: file._pack(given["weight"] + 1)}
+
+    def sample():
+        with torch.inference_mode(), packed_weights(stale):
+            entered.set()
+            assert leave.wait(60)
+
+    with torch.no_grad():
+        expected = linear(**given)
+        other = threading.Thread(target=sample)
+        with packed_weights():
+            other.start()
+            assert entered.wait(60)
+            torch.testing.assert_close(linear(**given), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(linear(**given), expected)
+        leave.set()
+        other.join()
+        assert torch.equal(linear(**given), expected)
