@@ -84,9 +84,9 @@ def trainer(arguments: list[str]) -> None:
 
     compare, found = rollout_client.RemoteEngine._compare, open(arguments[0], "w")
 
-    def noted(self, server, prompt) -> None:
+    def noted(self, *given) -> None:
         before, self.mismatch = self.mismatch, 0.0
-        compare(self, server, prompt)
+        compare(self, *given)
         print(self.mismatch, file=found, flush=True)
         self.mismatch = max(self.mismatch, before)
 
